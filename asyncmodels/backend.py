@@ -1,0 +1,145 @@
+"""The seam: a Backend is somebody who can answer a Request; a Policy is a Backend around a Backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from asyncmodels.errors import UnsupportedError
+from asyncmodels.types import EBNF, Choice, Delta, JSONSchema, Regex, Request, Response
+
+__all__ = ["Backend", "Capabilities", "Policy", "PolicyFactory", "Statistical", "compose", "links"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend can do. A parameter outside of it is an UnsupportedError before anything is sent."""
+
+    sampling: frozenset[str] = frozenset({"temperature", "top_p", "max_tokens"})
+    """Which of temperature, top_p, top_k, min_p, seed, frequency_penalty, presence_penalty and max_tokens."""
+    stop: bool = True
+    tools: bool = False
+    tool_choice: frozenset[str] = frozenset({"auto", "none", "required", "named"})
+    images: bool = False
+    logprobs: bool = False
+    response_format: bool = False
+    grammars: frozenset[type] = frozenset()
+    """Which of Regex, EBNF, Choice and JSONSchema."""
+    extra: bool = False
+    """Whether ``Request.extra`` is passed on."""
+    stream: bool = True
+
+    def check(self, request: Request, *, streaming: bool = False) -> None:
+        """Raises UnsupportedError, naming the first parameter of ``request`` that this backend cannot honour."""
+        for name in _SAMPLING:
+            if name not in self.sampling and getattr(request, name) is not None:
+                raise UnsupportedError(f"This model does not support {name}.")
+        if request.stop_sequences and not self.stop:
+            raise UnsupportedError("This model does not support stop_sequences.")
+        if request.tools and not self.tools:
+            raise UnsupportedError("This model does not support tools.")
+        if request.tool_choice is not None:
+            kind = request.tool_choice if request.tool_choice in ("auto", "none", "required") else "named"
+            if kind not in self.tool_choice:
+                raise UnsupportedError(f"This model does not support tool_choice={request.tool_choice!r}.")
+        if request.logprobs is not None and not self.logprobs:
+            raise UnsupportedError("This model does not support logprobs.")
+        if request.response_format is not None and not self.response_format:
+            raise UnsupportedError("This model does not support response_format.")
+        if request.grammar is not None and type(request.grammar) not in self.grammars:
+            raise UnsupportedError(f"This model does not support {type(request.grammar).__name__} grammars.")
+        if request.extra and not self.extra:
+            raise UnsupportedError(f"This model does not support extra parameters: {', '.join(request.extra)}.")
+        if streaming and not self.stream:
+            raise UnsupportedError("This model does not support streaming.")
+        if not self.images and any(
+            not isinstance(message.content, str | None) and any(not hasattr(part, "text") for part in message.content)
+            for message in request.messages
+        ):
+            raise UnsupportedError("This model does not support images.")
+
+
+_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "frequency_penalty",
+    "presence_penalty",
+    "max_tokens",
+)
+ALL_SAMPLING = frozenset(_SAMPLING)
+ALL_GRAMMARS: frozenset[type] = frozenset({Regex, EBNF, Choice, JSONSchema})
+
+
+class Backend(ABC):
+    """Somebody who can answer a Request: a provider, an engine, or a policy around one.
+
+    Implementations say what they can do in ``capabilities`` and raise nothing but errors of asyncmodels.
+    """
+
+    capabilities: Capabilities
+
+    @abstractmethod
+    async def generate(self, request: Request, /) -> Response:
+        """Answers ``request``. Cancelling the call gives back everything that it held."""
+
+    @abstractmethod
+    def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
+        """Answers ``request`` piece by piece.
+
+        Entering sends the request and returns once the answer has begun; leaving, at any point, releases everything.
+        The last delta carries a finish reason; a stream that ends without one is a TruncatedResponseError.
+        """
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Releases what the backend holds for good. Closing twice is allowed."""
+
+
+class Policy(Backend):
+    """A Backend around a Backend. Subclasses take the wrapped one first and settings by keyword."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]  # a read-only view of the wrapped one's
+        return self.backend.capabilities
+
+    async def aclose(self) -> None:
+        await self.backend.aclose()
+
+
+class PolicyFactory(Protocol):
+    """Anything that puts a link around a backend: ``functools.partial(Retry, attempts=5)``, a Policy class."""
+
+    def __call__(self, backend: Backend, /) -> Backend: ...
+
+
+@runtime_checkable
+class Statistical(Protocol):
+    """A link that has something to count; what it returns shows in ``Model.statistics().links``."""
+
+    def statistics(self) -> Any: ...
+
+
+def compose(backend: Backend, *policies: Callable[[Backend], Backend]) -> Backend:
+    """Puts ``policies`` around ``backend``, the first outermost: ``compose(b, Retry, Concurrency)``."""
+    for policy in reversed(policies):
+        backend = policy(backend)
+    return backend
+
+
+def links(backend: Backend) -> Iterator[Backend]:
+    """The links of a chain from the outermost to the innermost."""
+    while True:
+        yield backend
+        inner = getattr(backend, "backend", None)
+        if not isinstance(inner, Backend):
+            return
+        backend = inner

@@ -1,0 +1,391 @@
+"""The values that travel: messages in, one Request down the chain, Deltas and one Response back up.
+
+All of them are frozen. Sequences are tuples, so that a Request can be kept, compared and sent twice.
+Units: times are seconds, lengths are tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+__all__ = [
+    "EBNF",
+    "Choice",
+    "Delta",
+    "FinishReason",
+    "Grammar",
+    "ImagePart",
+    "JSONSchema",
+    "Message",
+    "Part",
+    "Regex",
+    "Request",
+    "Response",
+    "ResponseBuilder",
+    "ResponseFormat",
+    "Role",
+    "TextPart",
+    "Timing",
+    "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "Usage",
+]
+
+Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
+FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "error"]
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+# -- messages ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text inside a message. ``extra`` is passed to the provider beside it (``cache_control``)."""
+
+    text: str
+    extra: Mapping[str, Any] = field(default=_EMPTY, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImagePart:
+    """An image inside a message: exactly one of ``data`` (encoded bytes), ``url`` or ``source``.
+
+    ``source`` is a path or a PIL image; it is read and encoded, off the event loop, when the request is built, so that
+    backends only ever see ``data`` with its ``media_type`` (``"image/png"``) or a ``url``.
+    """
+
+    data: bytes | None = field(default=None, repr=False)
+    url: str | None = None
+    source: Any = None
+    media_type: str | None = None
+    detail: str | None = None
+    extra: Mapping[str, Any] = field(default=_EMPTY)
+
+
+Part: TypeAlias = TextPart | ImagePart
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call that a model asks for. ``arguments`` is the JSON text exactly as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str = "{}"
+
+    def parse_arguments(self) -> dict[str, Any]:
+        """The arguments as a dict. Raises ValueError when the model wrote something that is not a JSON object."""
+        try:
+            value = json.loads(self.arguments or "{}")
+        except ValueError as error:
+            raise ValueError(f"The arguments of the call to {self.name!r} are not JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"The arguments of the call to {self.name!r} are not a JSON object.")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    ``content`` is a string, a tuple of parts, or None for an assistant turn that only calls tools. ``tool_call_id``
+    belongs to role ``"tool"``: which call this is the result of.
+    """
+
+    role: Role
+    content: str | tuple[Part, ...] | None = None
+    tool_calls: tuple[ToolCall, ...] = field(default=(), kw_only=True)
+    tool_call_id: str | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+    reasoning: str | None = field(default=None, kw_only=True)
+    extra: Mapping[str, Any] = field(default=_EMPTY, kw_only=True)
+
+    @property
+    def text(self) -> str:
+        """All text of the message; images count for nothing."""
+        if self.content is None:
+            return ""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+
+
+# -- what a request may ask for ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool that the model may call. ``parameters`` is the JSON schema of its arguments (an object).
+
+    ``function`` is the Python function it was made from, where it was; asyncmodels never calls it.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    function: Callable[..., Any] | None = field(default=None, kw_only=True, compare=False)
+    strict: bool | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseFormat:
+    """What the content must be: any JSON (``schema`` is None) or JSON that satisfies ``schema``.
+
+    ``parse`` turns the content into ``Response.parsed`` and raises ValueError when it does not satisfy the format.
+    """
+
+    name: str = "response"
+    schema: Mapping[str, Any] | None = None
+    strict: bool = True
+    parse: Callable[[str], Any] = field(default=json.loads, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Regex:
+    """The whole content must match ``pattern``."""
+
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class EBNF:
+    """The content must be a sentence of ``grammar`` (EBNF or Lark syntax)."""
+
+    grammar: str
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The content must be exactly one of ``options``."""
+
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JSONSchema:
+    """The content must be JSON that satisfies ``schema``."""
+
+    schema: Mapping[str, Any]
+
+
+Grammar: TypeAlias = Regex | EBNF | Choice | JSONSchema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request, as it travels down the chain. None means "unset: the backend's own default".
+
+    Built by ``Model.generate`` from what the caller wrote; policies read it and pass it on.
+    """
+
+    messages: tuple[Message, ...]
+    stop_sequences: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logprobs: int | None = None
+    """How many alternatives to report with each token's log-probability; 0 reports the chosen token alone."""
+    tools: tuple[Tool, ...] = ()
+    tool_choice: str | None = None
+    """``"auto"``, ``"none"``, ``"required"`` or the name of one tool."""
+    response_format: ResponseFormat | None = None
+    grammar: Grammar | None = None
+    timeout: float | None = None
+    """Seconds for the whole call, retries and waiting included."""
+    attempt_timeout: float | None = None
+    """Seconds for one attempt, once it was let through to the backend."""
+    idle_timeout: float | None = None
+    """Seconds of silence allowed inside a stream."""
+    priority: int = 0
+    """Higher goes first wherever requests wait."""
+    agent: str | None = None
+    """Who asks: the unit of fairness."""
+    metadata: Mapping[str, Any] = _EMPTY
+    """The caller's own notes; never sent."""
+    extra: Mapping[str, Any] = _EMPTY
+    """What only this provider understands; sent as it is."""
+
+
+# -- what comes back --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer. ``cached_tokens`` are part of the input, ``reasoning_tokens`` of the output."""
+
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.input_tokens + other.input_tokens,
+            self.output_tokens + other.output_tokens,
+            _sum(self.cached_tokens, other.cached_tokens),
+            _sum(self.reasoning_tokens, other.reasoning_tokens),
+        )
+
+
+def _sum(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else a + b
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability (natural logarithm) of one token, and of the ``top`` alternatives at its place."""
+
+    token: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds: waiting for a slot, until the first token, being served, and all together."""
+
+    queued: float = 0.0
+    first_token: float | None = None
+    service: float | None = None
+    total: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Response:
+    """A whole answer. ``usage`` is None where the provider said nothing; ``raw`` is its own object."""
+
+    content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning: str | None = None
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    model: str | None = None
+    id: str | None = None
+    parsed: Any = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    timing: Timing = Timing()
+    attempts: int = 1
+    cached: bool = False
+    raw: Any = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.content or ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A fragment of the tool call number ``index``; ``arguments`` is the piece to append."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A piece of an answer. The last one of a stream carries ``finish_reason``, and usage where it is known."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    model: str | None = None
+    id: str | None = None
+    timing: Timing | None = None
+    attempts: int | None = None
+
+    def __str__(self) -> str:
+        return self.content
+
+
+class ResponseBuilder:
+    """Adds Deltas up to the Response that ``generate`` would have returned.
+
+    A later value replaces an earlier one; text is appended; tool calls are told apart by their index.
+    """
+
+    def __init__(self) -> None:
+        self._content: list[str] = []
+        self._reasoning: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._calls: dict[int, _ToolCallBuilder] = {}
+        self._finish_reason: FinishReason | None = None
+        self._usage: Usage | None = None
+        self._model: str | None = None
+        self._id: str | None = None
+        self._timing = Timing()
+        self._attempts = 1
+
+    def add(self, delta: Delta) -> None:
+        if delta.content:
+            self._content.append(delta.content)
+        if delta.reasoning:
+            self._reasoning.append(delta.reasoning)
+        if delta.logprobs:
+            self._logprobs.extend(delta.logprobs)
+        for call in delta.tool_calls:
+            self._calls.setdefault(call.index, _ToolCallBuilder()).add(call)
+        if delta.finish_reason is not None:
+            self._finish_reason = delta.finish_reason
+        if delta.usage is not None:
+            self._usage = delta.usage
+        if delta.model is not None:
+            self._model = delta.model
+        if delta.id is not None:
+            self._id = delta.id
+        if delta.timing is not None:
+            self._timing = delta.timing
+        if delta.attempts is not None:
+            self._attempts = delta.attempts
+
+    def response(self) -> Response:
+        calls = tuple(self._calls[index].call(index) for index in sorted(self._calls))
+        content = "".join(self._content)
+        return Response(
+            content=content if content or not calls else None,
+            tool_calls=calls,
+            reasoning="".join(self._reasoning) or None,
+            finish_reason=self._finish_reason,
+            usage=self._usage,
+            model=self._model,
+            id=self._id,
+            logprobs=tuple(self._logprobs) or None,
+            timing=self._timing,
+            attempts=self._attempts,
+        )
+
+
+class _ToolCallBuilder:
+    def __init__(self) -> None:
+        self.id = ""
+        self.name = ""
+        self.arguments: list[str] = []
+
+    def add(self, delta: ToolCallDelta) -> None:
+        self.id = delta.id or self.id
+        self.name = delta.name or self.name
+        self.arguments.append(delta.arguments)
+
+    def call(self, index: int) -> ToolCall:
+        # Some servers never send an id; an empty one would fuse parallel calls, so each gets its place as its name.
+        return ToolCall(self.id or f"call_{index}", self.name, "".join(self.arguments))
