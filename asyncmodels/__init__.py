@@ -1,0 +1,200 @@
+"""One awaitable for every language model::
+
+    import asyncmodels
+
+    model = asyncmodels.load("openai:gpt-5")
+    response = await model.generate("What is the capital of France?")
+
+Names are imported when they are first used, so that ``import asyncmodels`` costs next to nothing and needs no extra.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from asyncmodels.backend import Backend, Capabilities, Policy, compose
+    from asyncmodels.callable import CallableModel
+    from asyncmodels.errors import (
+        AsyncModelsError,
+        AttemptTimeoutError,
+        AuthenticationError,
+        CallTimeoutError,
+        ClosedError,
+        ConfigurationError,
+        ConflictError,
+        ConnectError,
+        ConnectionLostError,
+        ConnectTimeoutError,
+        ContentFilterError,
+        ContextLengthError,
+        DeadlineError,
+        DNSError,
+        EngineDeadError,
+        EngineError,
+        EventLoopError,
+        IdleTimeoutError,
+        InvalidRequestError,
+        InvalidResponseError,
+        MissingExtraError,
+        MissingKeyError,
+        ModelLoadError,
+        NotFoundError,
+        OverloadedError,
+        PermissionDeniedError,
+        ProtocolError,
+        QueueFullError,
+        QuotaExceededError,
+        RateLimitError,
+        ReadTimeoutError,
+        ResponseFormatError,
+        ServerError,
+        ServerTimeoutError,
+        StreamError,
+        TLSError,
+        TransportError,
+        TruncatedResponseError,
+        UnknownSchemeError,
+        UnsupportedError,
+    )
+    from asyncmodels.local.smollm import SmolLMModel
+    from asyncmodels.local.transformers import TransformersModel
+    from asyncmodels.model import Model, Statistics, Stream
+    from asyncmodels.policies.concurrency import Concurrency
+    from asyncmodels.policies.retry import Retry
+    from asyncmodels.registry import load, schemes
+    from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
+    from asyncmodels.types import (
+        EBNF,
+        Choice,
+        Delta,
+        ImagePart,
+        JSONSchema,
+        Message,
+        Regex,
+        Request,
+        Response,
+        ResponseFormat,
+        TextPart,
+        Timing,
+        TokenLogprob,
+        Tool,
+        ToolCall,
+        ToolCallDelta,
+        Usage,
+    )
+
+__all__ = [
+    "AsyncModelsError",
+    "AttemptTimeoutError",
+    "AuthenticationError",
+    "Backend",
+    "CallTimeoutError",
+    "CallableModel",
+    "Capabilities",
+    "Choice",
+    "ClosedError",
+    "Concurrency",
+    "ConfigurationError",
+    "ConflictError",
+    "ConnectError",
+    "ConnectTimeoutError",
+    "ConnectionLostError",
+    "ContentFilterError",
+    "ContextLengthError",
+    "DNSError",
+    "DeadlineError",
+    "Delta",
+    "EBNF",
+    "EngineDeadError",
+    "EngineError",
+    "EventLoopError",
+    "IdleTimeoutError",
+    "ImagePart",
+    "InvalidRequestError",
+    "InvalidResponseError",
+    "JSONSchema",
+    "Message",
+    "MissingExtraError",
+    "MissingKeyError",
+    "Model",
+    "ModelLoadError",
+    "NotFoundError",
+    "OpenAIModel",
+    "OpenAIServerModel",
+    "OverloadedError",
+    "PermissionDeniedError",
+    "Policy",
+    "ProtocolError",
+    "QueueFullError",
+    "QuotaExceededError",
+    "RateLimitError",
+    "ReadTimeoutError",
+    "Regex",
+    "Request",
+    "Response",
+    "ResponseFormat",
+    "ResponseFormatError",
+    "Retry",
+    "ServerError",
+    "ServerTimeoutError",
+    "SmolLMModel",
+    "Statistics",
+    "Stream",
+    "StreamError",
+    "TLSError",
+    "TextPart",
+    "Timing",
+    "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "TransformersModel",
+    "TransportError",
+    "TruncatedResponseError",
+    "UnknownSchemeError",
+    "UnsupportedError",
+    "Usage",
+    "compose",
+    "load",
+    "schemes",
+]
+
+__version__ = "0.1.0"
+
+# What stands on third-party packages: its module, and the extra that brings them. The rest is found by its module.
+_CLASSES: dict[str, tuple[str, str | None]] = {
+    "CallableModel": ("asyncmodels.callable", None),
+    "Concurrency": ("asyncmodels.policies.concurrency", None),
+    "Model": ("asyncmodels.model", None),
+    "OpenAIModel": ("asyncmodels.remote.openai", "openai"),
+    "OpenAIServerModel": ("asyncmodels.remote.openai", "openai"),
+    "Retry": ("asyncmodels.policies.retry", None),
+    "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
+    "Statistics": ("asyncmodels.model", None),
+    "Stream": ("asyncmodels.model", None),
+    "TransformersModel": ("asyncmodels.local.transformers", "transformers"),
+}
+_MODULES = ("types", "errors", "backend", "registry")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = _find(name)
+    globals()[name] = value
+    return value
+
+
+def _find(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _CLASSES:
+        from asyncmodels.registry import import_target
+
+        module, extra = _CLASSES[name]
+        return import_target(f"{module}:{name}", extra)
+    homes = (import_module(f"{__name__}.{module}") for module in _MODULES)
+    return next(getattr(home, name) for home in homes if name in home.__all__)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 __all__ = [
@@ -40,8 +39,6 @@ __all__ = [
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "error"]
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
-
 
 # -- messages ---------------------------------------------------------------------------------------------------------
 
@@ -51,7 +48,7 @@ class TextPart:
     """A piece of text inside a message. ``extra`` is passed to the provider beside it (``cache_control``)."""
 
     text: str
-    extra: Mapping[str, Any] = field(default=_EMPTY, kw_only=True)
+    extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +64,7 @@ class ImagePart:
     source: Any = None
     media_type: str | None = None
     detail: str | None = None
-    extra: Mapping[str, Any] = field(default=_EMPTY)
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 Part: TypeAlias = TextPart | ImagePart
@@ -106,7 +103,7 @@ class Message:
     tool_call_id: str | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
     reasoning: str | None = field(default=None, kw_only=True)
-    extra: Mapping[str, Any] = field(default=_EMPTY, kw_only=True)
+    extra: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def text(self) -> str:
@@ -213,9 +210,9 @@ class Request:
     """Higher goes first wherever requests wait."""
     agent: str | None = None
     """Who asks: the unit of fairness."""
-    metadata: Mapping[str, Any] = _EMPTY
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     """The caller's own notes; never sent."""
-    extra: Mapping[str, Any] = _EMPTY
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """What only this provider understands; sent as it is."""
 
 
@@ -284,6 +281,23 @@ class Response:
     attempts: int = 1
     cached: bool = False
     raw: Any = field(default=None, repr=False, compare=False)
+
+    def as_delta(self) -> Delta:
+        """The whole answer as the one and last piece of a stream."""
+        return Delta(
+            content=self.content or "",
+            reasoning=self.reasoning or "",
+            tool_calls=tuple(
+                ToolCallDelta(index, call.id, call.name, call.arguments) for index, call in enumerate(self.tool_calls)
+            ),
+            finish_reason=self.finish_reason,
+            usage=self.usage,
+            logprobs=self.logprobs or (),
+            model=self.model,
+            id=self.id,
+            timing=self.timing,
+            attempts=self.attempts,
+        )
 
     def __str__(self) -> str:
         return self.content or ""

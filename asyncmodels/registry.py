@@ -1,0 +1,109 @@
+"""Names to classes: the table of public names, the table of schemes, and ``load("scheme:name")``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from asyncmodels.errors import ConfigurationError, MissingExtraError, UnknownSchemeError
+
+if TYPE_CHECKING:
+    from asyncmodels.model import Model
+
+__all__ = ["ENTRY_POINT_GROUP", "Scheme", "import_target", "load", "schemes"]
+
+ENTRY_POINT_GROUP = "asyncmodels.schemes"
+"""Installed packages add rows here: ``scheme = "package.module:Class"``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """One row: what ``load("<scheme>:<name>")`` builds. ``extra`` is what to install for it, None for nothing."""
+
+    scheme: str
+    target: str
+    extra: str | None
+    description: str
+    named: bool = True
+    """Whether a name follows the scheme; it becomes the first argument of the class."""
+
+
+_TABLE = (
+    Scheme("openai", "asyncmodels.remote.openai:OpenAIModel", "openai", "OpenAI, or any server that speaks its API"),
+    Scheme(
+        "transformers",
+        "asyncmodels.local.transformers:TransformersModel",
+        "transformers",
+        "a model folder or Hugging Face id, on the engine in this process",
+    ),
+    Scheme("smollm", "asyncmodels.local.smollm:SmolLMModel", "smollm", "the embedded SmolLM2-135M-Instruct", False),
+)
+
+
+def load(name: str, /, **params: Any) -> Model:
+    """The model that ``"scheme:name"`` stands for: ``load("openai:gpt-5")``, ``load("smollm")``.
+
+    ``params`` are passed to the class. Raises UnknownSchemeError for a scheme that no row has, MissingExtraError when
+    its packages are not installed, and ConfigurationError when a name is missing or superfluous.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigurationError('load() needs a name such as "openai:gpt-5" or "smollm".')
+    scheme, _, rest = name.partition(":")
+    row = _find(scheme)
+    if row.named and not rest:
+        raise ConfigurationError(f'The scheme {scheme!r} needs a model name: "{scheme}:NAME".')
+    if rest and not row.named:
+        raise ConfigurationError(f"The scheme {scheme!r} stands for one model and takes no name, so {name!r} is wrong.")
+    cls = import_target(row.target, row.extra)
+    try:
+        model: Model = cls(rest, **params) if row.named else cls(**params)
+    except TypeError as error:
+        raise ConfigurationError(f"{cls.__name__} cannot be made from these parameters: {error}.") from error
+    return model
+
+
+def schemes() -> tuple[Scheme, ...]:
+    """All rows, those of installed packages included."""
+    rows = {row.scheme: row for row in (*_installed(), *_TABLE)}
+    return tuple(rows[name] for name in sorted(rows))
+
+
+def _find(scheme: str) -> Scheme:
+    for row in _TABLE:
+        if row.scheme == scheme:
+            return row
+    for row in _installed():
+        if row.scheme == scheme:
+            return row
+    names = [row.scheme for row in schemes()]
+    close = difflib.get_close_matches(scheme, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}."
+    raise UnknownSchemeError(f"Unknown scheme {scheme!r}: {hint}")
+
+
+@cache
+def _installed() -> tuple[Scheme, ...]:
+    from importlib.metadata import entry_points
+
+    return tuple(
+        Scheme(point.name, point.value, None, f"from {point.dist.name if point.dist else 'an installed package'}")
+        for point in entry_points(group=ENTRY_POINT_GROUP)
+    )
+
+
+def import_target(target: str, extra: str | None) -> Any:
+    """The object behind ``"module:name"``; a missing third-party package is a MissingExtraError that names the cure."""
+    module_name, _, attribute = target.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        missing = error.name or str(error)
+        if extra is None or missing.split(".")[0] == "asyncmodels":
+            raise
+        raise MissingExtraError(
+            f'{attribute} needs the package {missing!r}: pip install "asyncmodels[{extra}]"'
+        ) from error
+    return getattr(module, attribute)

@@ -1,0 +1,174 @@
+"""What a caller wrote becomes one frozen Request: names checked, values normalised, contradictions refused."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from typing import Any
+
+from asyncmodels.errors import InvalidRequestError
+from asyncmodels.formats import as_grammar, as_response_format
+from asyncmodels.messages import as_messages
+from asyncmodels.tools import as_tool_choice, as_tools
+from asyncmodels.types import Request
+
+__all__ = ["PARAMETERS", "build_request", "normalise"]
+
+
+def build_request(messages: Any, params: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
+    """The Request for ``messages``: the call's own ``params`` beat ``defaults`` (already normalised).
+
+    ``messages`` may be a Request: what it leaves unset is filled from ``defaults``. Raises InvalidRequestError in one
+    sentence for whatever can never work.
+    """
+    values = normalise(params) if params else {}
+    if isinstance(messages, Request):
+        unset = {name: value for name, value in defaults.items() if getattr(messages, name) == _UNSET[name]}
+        request = replace(messages, **unset, **values) if unset or values else messages
+    else:
+        request = Request(messages=as_messages(messages), **{**defaults, **values})
+    if request.tools or request.tool_choice is not None or request.grammar is not None:
+        request = _check_together(request)
+    return request
+
+
+def normalise(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks each parameter by itself and brings it to the type that Request holds."""
+    values: dict[str, Any] = {}
+    for name, value in params.items():
+        check = _CHECKS.get(name)
+        if check is None:
+            raise InvalidRequestError(_unknown(name))
+        # None means "unset" for every parameter: it takes a model's default back for one call.
+        values[name] = _UNSET[name] if value is None else check(name, value)
+    return values
+
+
+def _check_together(request: Request) -> Request:
+    if request.grammar is not None and request.response_format is not None:
+        raise InvalidRequestError("response_format and grammar both say what the content must be; give one of them.")
+    choice = as_tool_choice(request.tool_choice, request.tools)
+    if request.grammar is not None and choice not in (None, "none", "auto"):
+        raise InvalidRequestError(
+            f"tool_choice={choice!r} demands a tool call, which no grammar for the content allows."
+        )
+    return request if choice == request.tool_choice else replace(request, tool_choice=choice)
+
+
+def _unknown(name: str) -> str:
+    if name in _FOREIGN:
+        return f"Unknown parameter {name!r}: here it is called {_FOREIGN[name]!r}."
+    close = difflib.get_close_matches(name, PARAMETERS, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "what only this provider understands goes into extra={...}."
+    return f"Unknown parameter {name!r}: {hint}"
+
+
+# What other libraries call ours, for the hint; accepting two spellings would let them contradict each other.
+_FOREIGN = {
+    "stop": "stop_sequences",
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "tools_to_call_from": "tools",
+    "functions": "tools",
+    "top_logprobs": "logprobs",
+    "random_seed": "seed",
+    "user": "agent",
+    "extra_body": "extra",
+    "request_timeout": "timeout",
+}
+
+
+# -- one check per parameter ------------------------------------------------------------------------------------------
+
+
+def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InvalidRequestError(f"{name} must be a number, not {type(value).__name__}.")
+        inside = low < value <= high if open_low else low <= value <= high
+        if not inside or math.isinf(value):
+            bound = f"more than {low:g}" if open_low else f"at least {low:g}"
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            raise InvalidRequestError(f"{name} must be {bound}{upper}, not {value!r}.")
+        return float(value)
+
+    return check
+
+
+def _integer(low: int | None = None) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidRequestError(f"{name} must be a whole number, not {value!r}.")
+        if low is not None and value < low:
+            raise InvalidRequestError(f"{name} must be at least {low}, not {value}.")
+        return value
+
+    return check
+
+
+def _finite(name: str, value: Any) -> float:
+    return _number(-1e6, 1e6)(name, value)
+
+
+def _stop_sequences(name: str, value: Any) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+        raise InvalidRequestError(f"{name} must be a list of strings.")
+    if not all(stops):
+        raise InvalidRequestError(f"{name} must not contain an empty string.")
+    return tuple(stops)
+
+
+def _logprobs(name: str, value: Any) -> int | None:
+    if isinstance(value, bool):
+        return 0 if value else None
+    return _integer(0)(name, value)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequestError(f"{name} must be a string that is not empty.")
+    return value
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise InvalidRequestError(f"{name} must be a dict with strings as keys.")
+    return dict(value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "stop_sequences": _stop_sequences,
+    "max_tokens": _integer(1),
+    "temperature": _number(0),
+    "top_p": _number(0, 1, open_low=True),
+    "top_k": _integer(1),
+    "min_p": _number(0, 1),
+    "seed": _integer(),
+    "frequency_penalty": _finite,
+    "presence_penalty": _finite,
+    "logprobs": _logprobs,
+    "tools": lambda _name, value: as_tools(value),
+    "tool_choice": lambda _name, value: value,  # means something only beside the tools: checked with them
+    "response_format": lambda _name, value: as_response_format(value),
+    "grammar": lambda _name, value: as_grammar(value),
+    "timeout": _number(0, open_low=True),
+    "attempt_timeout": _number(0, open_low=True),
+    "idle_timeout": _number(0, open_low=True),
+    "priority": _integer(),
+    "agent": _text,
+    "metadata": _mapping,
+    "extra": _mapping,
+}
+
+_UNSET: dict[str, Any] = {
+    field.name: {} if field.default is MISSING else field.default
+    for field in fields(Request)
+    if field.name != "messages"
+}
+
+PARAMETERS = tuple(sorted(_CHECKS))
+"""The names of all parameters of ``generate`` and ``stream``."""
