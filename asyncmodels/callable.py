@@ -31,10 +31,12 @@ class CallableModel(Model):
 
     ``function`` gets ``messages`` as dicts (role, content: text, or parts where there are images) and, by name, those
     of ``stop_sequences``, ``max_tokens``, ``temperature``, ``tools``, ``response_format``, ``grammar``, ... that its
-    signature takes; a parameter that it does not take is an UnsupportedError, except stop sequences, which are cut from the
-    answer in any case. An exception of the function's own passes through unchanged. It returns a string or an object with ``.content`` (``tool_calls`` and usage are taken over
-    where they are there), or is an async generator of strings, which streams. A sync function runs in a worker thread;
-    cancelling the call cannot interrupt it there, it is left to end by itself.
+    signature takes. A parameter that it does not take is an UnsupportedError, except stop sequences and the response
+    format, which are seen to here in any case. It returns a string or an object with ``.content`` (tool calls and
+    usage are taken over where they are there), or is an async generator of strings, which streams.
+
+    A sync function runs in a worker thread; cancelling the call cannot interrupt it there, it is left to end by
+    itself. An exception of the function's own passes through unchanged.
     """
 
     def __init__(
@@ -175,7 +177,7 @@ def _response(answer: Any, stops: tuple[str, ...]) -> Response:
     calls = tuple(_tool_call(call, index) for index, call in enumerate(getattr(answer, "tool_calls", None) or ()))
     if content is _MISSING or not (isinstance(content, str) or (content is None and calls)):
         raise InvalidResponseError(
-            f"The function returned {type(answer).__name__}; it must return a string or an object with text in .content."
+            f"The function returned {type(answer).__name__}; it must return a string or an object with .content."
         )
     usage = getattr(answer, "token_usage", None) or getattr(answer, "usage", None)
     tokens = (getattr(usage, "input_tokens", None), getattr(usage, "output_tokens", None))

@@ -18,7 +18,7 @@ from asyncmodels.errors import CallTimeoutError, ClosedError, ConfigurationError
 from asyncmodels.formats import parse_response
 from asyncmodels.messages import load_images, needs_loading
 from asyncmodels.request import build_request, normalise
-from asyncmodels.types import Delta, Message, Request, Response, ResponseBuilder, Timing
+from asyncmodels.types import Delta, Message, Request, Response, ResponseBuilder
 
 if TYPE_CHECKING:
     from asyncmodels.sync import SyncModel
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Messages", "Model", "Statistics", "Stream"]
 
 Messages: TypeAlias = str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any] | Any] | Request
-"""What ``generate`` and ``stream`` take: a string, dicts in OpenAI's or smolagents' shape, Message values, a Request."""
+"""What ``generate`` and ``stream`` take: a string, dicts in OpenAI's or smolagents' shape, Messages, a Request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ __all__ = ["DEFAULT_CONCURRENCY", "PolicyLike", "remote_chain"]
 PolicyLike = Callable[[Backend], Backend]
 
 DEFAULT_CONCURRENCY = 1000
-"""Calls in flight per model unless ``max_concurrency`` says otherwise; what the openai package allows as connections."""
+"""Calls in flight per model unless ``max_concurrency`` says otherwise; as many as the openai package opens."""
 
 
 def remote_chain(
@@ -28,7 +28,7 @@ def remote_chain(
     """
     if policies is not None:
         if max_concurrency is not None or retry is not True:
-            raise ConfigurationError("policies replaces the default chain; give max_concurrency and retry inside of it.")
+            raise ConfigurationError("policies replaces the default chain; put the limit and the retry into it.")
         return tuple(policies)
     chain: list[PolicyLike] = []
     if callable(retry):

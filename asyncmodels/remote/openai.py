@@ -1,45 +1,28 @@
-"""OpenAI and every server that speaks its chat-completions API.
-
-The openai package says where to send and with which headers: keys and base URLs from the environment, organisation,
-project, default headers and query. It is asked once; the requests go through our own pool.
-"""
+"""OpenAI and every server that speaks its chat-completions API."""
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import httpx2
-import openai
 import orjson
 
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
-from asyncmodels.errors import (
-    AsyncModelsError,
-    ConfigurationError,
-    InvalidRequestError,
-    InvalidResponseError,
-    MissingKeyError,
-    StreamError,
-    TruncatedResponseError,
-)
+from asyncmodels.errors import AsyncModelsError, ConfigurationError, InvalidRequestError, MissingKeyError
 from asyncmodels.model import Model
+from asyncmodels.remote.answer import deltas_of, one_delta_of, response_of, without
 from asyncmodels.remote.chain import PolicyLike, remote_chain
-from asyncmodels.remote.pool import HTTPPool, TransportChoice, body_of
-from asyncmodels.remote.sse import SSEDecoder, ServerSentEvent
-from asyncmodels.remote.status import error_from_body, error_from_response
-from asyncmodels.remote.wire import ChunkReader, Dialect, request_body, response_from
-from asyncmodels.stopping import StopMatcher, cut
-from asyncmodels.types import Delta, JSONSchema, Request, Response, Timing
+from asyncmodels.remote.endpoint import APIKey, Endpoint, configure, make_pool
+from asyncmodels.remote.pool import HTTPPool, TransportChoice
+from asyncmodels.remote.status import error_from_response
+from asyncmodels.remote.wire import Dialect, request_body
+from asyncmodels.types import Delta, JSONSchema, Request, Response
 
-__all__ = ["Endpoint", "OpenAIBackend", "OpenAIModel", "OpenAIServerModel"]
-
-APIKey: TypeAlias = str | Callable[[], str | Awaitable[str]]
+__all__ = ["OpenAIBackend", "OpenAIModel", "OpenAIServerModel"]
 
 
 class OpenAIModel(Model):
@@ -49,10 +32,10 @@ class OpenAIModel(Model):
         model = OpenAIModel("my-model", api_base="http://localhost:8000/v1", api_key="none")
 
     ``api_key`` is a string, or a function (sync or async) that is asked before every attempt. ``client_kwargs`` are
-    those of ``openai.AsyncOpenAI``; of them ``default_headers``, ``default_query``, ``timeout`` (seconds without a byte),
-    ``max_retries`` and ``http_client`` have a meaning here. ``custom_role_conversions`` renames roles on the way out,
-    ``flatten_messages_as_text`` sends text parts as one string. ``max_concurrency`` limits the calls in flight,
-    ``retry`` is False, a number of attempts or a policy, ``policies`` replaces the whole default chain, and
+    those of ``openai.AsyncOpenAI``; of them ``default_headers``, ``default_query``, ``timeout`` (seconds without a
+    byte), ``max_retries`` and ``http_client`` have a meaning here. ``custom_role_conversions`` renames roles on the
+    way out, ``flatten_messages_as_text`` sends text parts as one string. ``max_concurrency`` limits the calls in
+    flight, ``retry`` is False, a number of attempts or a policy, ``policies`` replaces the whole default chain, and
     ``defaults`` are parameters of every call.
 
     Raises MissingKeyError when there is no key, ConfigurationError for anything else that is wrong from the start.
@@ -84,7 +67,7 @@ class OpenAIModel(Model):
         retries = options.pop("max_retries", None)
         if retries is not None and retry is True and policies is None:
             retry = int(retries) + 1 if retries else False
-        pool = _pool(options, http_client=http_client, transport=transport, http2=http2)
+        pool = make_pool(options, http_client=http_client, transport=transport, http2=http2)
         endpoint = configure(
             api_base=api_base, api_key=api_key, organization=organization, project=project, options=options
         )
@@ -104,97 +87,6 @@ class OpenAIModel(Model):
 
 
 OpenAIServerModel = OpenAIModel
-
-
-# -- configuration ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """Where requests go and with which headers. ``secret`` never shows."""
-
-    url: httpx2.URL
-    headers: httpx2.Headers = field(repr=False)
-    api_key: APIKey | None = field(default=None, repr=False)
-    """Asked before every attempt when it is a function; a string is in ``headers`` already."""
-    secret: str | None = field(default=None, repr=False)
-
-
-def configure(
-    *,
-    api_base: str | None,
-    api_key: APIKey | None,
-    organization: str | None,
-    project: str | None,
-    options: Mapping[str, Any],
-) -> Endpoint:
-    """What ``openai.AsyncOpenAI`` would send to, and with which headers."""
-    static_key = api_key if isinstance(api_key, str) else None
-    dynamic = None if isinstance(api_key, str) else api_key
-    try:
-        client = openai.AsyncOpenAI(
-            api_key="asked for each attempt" if dynamic is not None else static_key,
-            base_url=api_base,
-            organization=organization,
-            project=project,
-            # It sends nothing, and its own default client would cost a TLS context for each model.
-            http_client=httpx2.AsyncClient(transport=httpx2.MockTransport(_unused)),
-            **options,
-        )
-    except TypeError as error:
-        raise ConfigurationError(f"client_kwargs do not fit openai.AsyncOpenAI: {error}.") from error
-    except openai.OpenAIError as error:
-        raise MissingKeyError(
-            "No API key: pass api_key=..., or set OPENAI_API_KEY (any text will do for a server that needs none)."
-        ) from error
-    headers = httpx2.Headers(
-        {
-            name: value
-            # X-Stainless-* describe the SDK that sends the request, and this one does not.
-            for name, value in client.default_headers.items()
-            if isinstance(value, str) and not name.lower().startswith(("x-stainless", "user-agent", "authorization"))
-        }
-    )
-    headers.update({"user-agent": "asyncmodels", "accept": "application/json", "content-type": "application/json"})
-    headers.update(options.get("default_headers") or {})
-    secret = None
-    if dynamic is None and "authorization" not in headers:
-        secret = client.api_key
-        headers["authorization"] = f"Bearer {secret}"
-    base = httpx2.URL(str(client.base_url))
-    if base.scheme not in ("http", "https") or not base.host:
-        raise ConfigurationError(f"api_base must be a URL such as 'http://localhost:8000/v1', not {str(base)!r}.")
-    url = base.copy_with(path=base.path.rstrip("/") + "/chat/completions")
-    if client.default_query:
-        url = url.copy_merge_params(dict(client.default_query))
-    return Endpoint(url=url, headers=headers, api_key=dynamic, secret=secret)
-
-
-def _unused(_request: httpx2.Request) -> httpx2.Response:
-    raise AssertionError("the openai client is only read, never used")
-
-
-def _pool(
-    options: dict[str, Any], *, http_client: httpx2.AsyncClient | None, transport: TransportChoice, http2: bool
-) -> HTTPPool:
-    """The pool, with what ``client_kwargs`` say about the connection."""
-    client = options.pop("http_client", None)
-    if client is not None and http_client is not None:
-        raise ConfigurationError("http_client is given twice, as an argument and in client_kwargs.")
-    client = client if client is not None else http_client
-    timeout = options.pop("timeout", None)
-    if timeout is None:
-        return HTTPPool(http_client=client, transport=transport, http2=http2)
-    if isinstance(timeout, httpx2.Timeout):
-        connect, read = timeout.connect, timeout.read
-        return HTTPPool(
-            http_client=client,
-            transport=transport,
-            http2=http2,
-            connect_timeout=5.0 if connect is None else connect,
-            read_timeout=read,
-        )
-    return HTTPPool(http_client=client, transport=transport, http2=http2, read_timeout=float(timeout))
 
 
 # -- the backend ------------------------------------------------------------------------------------------------------
@@ -226,11 +118,11 @@ class OpenAIBackend(Backend):
         started = time.perf_counter()
         answer = await self.pool.request("POST", self._endpoint.url, headers=headers, content=body)
         if answer.status_code != 200:
-            raise _without(secret, error_from_response(answer.status_code, answer.headers, answer.content))
+            raise without(secret, error_from_response(answer.status_code, answer.headers, answer.content))
         try:
-            return _whole_response(answer, answer.content, request, started)
+            return response_of(answer, request, started)
         except AsyncModelsError as error:
-            raise _without(secret, error) from error.__cause__
+            raise without(secret, error) from error.__cause__
 
     @asynccontextmanager
     async def _stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
@@ -240,11 +132,11 @@ class OpenAIBackend(Backend):
         async with self.pool.stream("POST", self._endpoint.url, headers=headers, content=body) as answer:
             if answer.status_code != 200:
                 content = await answer.aread()
-                raise _without(secret, error_from_response(answer.status_code, answer.headers, content))
+                raise without(secret, error_from_response(answer.status_code, answer.headers, content))
             if "event-stream" in answer.headers.get("content-type", ""):
-                deltas = _deltas(answer, request, started, secret)
+                deltas = deltas_of(answer, request, started, secret)
             else:
-                deltas = _one_delta(answer, request, started, secret)
+                deltas = one_delta_of(answer, request, started, secret)
             async with aclosing(deltas):
                 yield deltas
 
@@ -278,116 +170,6 @@ class OpenAIBackend(Backend):
 
     def __repr__(self) -> str:
         return f"<OpenAIBackend {self.model_id!r} at {self._endpoint.url.host}>"
-
-
-# -- reading answers --------------------------------------------------------------------------------------------------
-
-
-def _whole_response(answer: httpx2.Response, content: bytes, request: Request, started: float) -> Response:
-    try:
-        data = orjson.loads(content)
-    except ValueError as error:
-        raise _not_json(answer, content) from error
-    request_id = answer.headers.get("x-request-id")
-    response = response_from(data, request_id=request_id, service=time.perf_counter() - started)
-    if request.stop_sequences and response.content:
-        # Not every server honours every stop; where it did, this finds nothing.
-        text, stop = cut(response.content, request.stop_sequences)
-        if stop is not None:
-            return replace(response, content=text, finish_reason="stop")
-    return response
-
-
-async def _one_delta(
-    answer: httpx2.Response, request: Request, started: float, secret: str | None
-) -> AsyncGenerator[Delta, None]:
-    """The answer of a server that was asked to stream and did not."""
-    content = await answer.aread()
-    try:
-        yield _whole_response(answer, content, request, started).as_delta()
-    except AsyncModelsError as error:
-        raise _without(secret, error) from error.__cause__
-
-
-async def _deltas(
-    answer: httpx2.Response, request: Request, started: float, secret: str | None
-) -> AsyncGenerator[Delta, None]:
-    decoder, reader = SSEDecoder(), ChunkReader()
-    matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
-    first_token: float | None = None
-    pieces = body_of(answer)
-    ended = False
-    try:
-        async for piece in pieces:
-            for event in decoder.feed(piece):
-                if event.data == b"[DONE]":
-                    ended = True
-                    break
-                delta = _delta(event, reader)
-                if delta is None:
-                    continue
-                if first_token is None:
-                    first_token = time.perf_counter() - started
-                if matcher is not None and delta.content:
-                    text = matcher.push(delta.content)
-                    if matcher.matched:
-                        timing = Timing(first_token=first_token, service=time.perf_counter() - started)
-                        yield reader.last(content=text, stopped=True, timing=timing)
-                        return
-                    delta = replace(delta, content=text)
-                yield delta
-            if ended:
-                break
-    except AsyncModelsError as error:
-        raise _without(secret, error) from error.__cause__
-    if not ended and not reader.finished:
-        raise TruncatedResponseError("The stream ended without a finish reason: it was cut off.")
-    timing = Timing(first_token=first_token, service=time.perf_counter() - started)
-    yield reader.last(content=matcher.flush() if matcher is not None else "", timing=timing)
-    await _drain(pieces)
-
-
-def _delta(event: ServerSentEvent, reader: ChunkReader) -> Delta | None:
-    try:
-        chunk = orjson.loads(event.data)
-    except ValueError as error:
-        if event.event == b"error":
-            raise error_from_body(event.data.decode(errors="replace"), default=StreamError) from None
-        raise InvalidResponseError("A piece of the stream is not JSON.") from error
-    if event.event == b"error":
-        raise error_from_body(chunk.get("error", chunk) if isinstance(chunk, dict) else chunk, default=StreamError)
-    return reader.read(chunk)
-
-
-async def _drain(pieces: AsyncIterator[bytes]) -> None:
-    """Reads the end of the body, so that the connection can be used again; a server that holds it open loses it."""
-    try:
-        async with asyncio.timeout(_DRAIN):
-            async for _ in pieces:
-                pass
-    except (TimeoutError, AsyncModelsError):
-        return  # the answer is whole; only the connection is lost, and the pool closes it
-
-
-_DRAIN = 0.25
-
-
-def _not_json(answer: httpx2.Response, content: bytes) -> InvalidResponseError:
-    kind = answer.headers.get("content-type", "no content type").partition(";")[0]
-    what = "nothing" if not content.strip() else f"{kind}, which is not JSON"
-    return InvalidResponseError(
-        f"The provider answered {answer.status_code} with {what}.",
-        status=answer.status_code,
-        request_id=answer.headers.get("x-request-id"),
-    )
-
-
-def _without(secret: str | None, error: AsyncModelsError) -> AsyncModelsError:
-    """``error`` without the key that some servers repeat when they refuse it."""
-    if secret and secret in error.message:
-        error.message = error.message.replace(secret, "***")
-        error.args = (error.message, *error.args[1:])
-    return error
 
 
 def _encode(value: Any) -> Any:

@@ -34,10 +34,15 @@ class SSEDecoder:
     def feed(self, piece: bytes) -> list[ServerSentEvent]:
         """The events that ``piece`` completes. Raises ProtocolError for an event beyond all measure (16 MiB)."""
         # Nearly every piece of a real stream is whole events of one line; look for no more than that first.
-        if self._idle and piece.startswith(b"data: ") and piece.endswith(b"\n\n"):
-            if piece.find(b"\n") == len(piece) - 2 and b"\r" not in piece:
-                self._started = True
-                return [ServerSentEvent(piece[6:-2])]
+        if (
+            self._idle
+            and piece.startswith(b"data: ")
+            and piece.find(b"\n") == len(piece) - 2
+            and piece.endswith(b"\n\n")
+            and b"\r" not in piece
+        ):
+            self._started = True
+            return [ServerSentEvent(piece[6:-2])]
         if not self._started:
             self._started = True
             piece = piece.removeprefix(b"\xef\xbb\xbf")

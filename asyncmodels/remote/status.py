@@ -149,7 +149,8 @@ def _excerpt(body: bytes) -> str:
 _NUMBERS = (
     # OpenAI and vLLM: "maximum context length is 8192 tokens. However, you requested 9000 tokens (...)"
     re.compile(
-        r"maximum context length (?:is|of) (?P<limit>\d+).*?(?:requested|resulted in|contains at least) (?P<requested>\d+)",
+        r"maximum context length (?:is|of) (?P<limit>\d+).*?"
+        r"(?:requested|resulted in|contains at least) (?P<requested>\d+)",
         re.S,
     ),
     # Anthropic-like: "prompt is too long: 210000 tokens > 200000 maximum"

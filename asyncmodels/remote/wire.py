@@ -155,7 +155,7 @@ def _tool(tool: Tool) -> dict[str, Any]:
 
 
 def response_from(data: Any, *, request_id: str | None, service: float | None) -> Response:
-    """The Response of a whole answer. Raises what an error in ``data`` says, else InvalidResponseError if it is none."""
+    """The Response of a whole answer. Raises what an error in ``data`` says, or InvalidResponseError."""
     try:
         choice = data["choices"][0]
         message = choice["message"]

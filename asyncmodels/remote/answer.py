@@ -1,0 +1,130 @@
+"""What came back over HTTP, whole or as a stream of events, as a Response or Deltas."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
+
+import httpx2
+import orjson
+
+from asyncmodels.errors import AsyncModelsError, InvalidResponseError, StreamError, TruncatedResponseError
+from asyncmodels.remote.pool import body_of
+from asyncmodels.remote.sse import ServerSentEvent, SSEDecoder
+from asyncmodels.remote.status import error_from_body
+from asyncmodels.remote.wire import ChunkReader, response_from
+from asyncmodels.stopping import StopMatcher, cut
+from asyncmodels.types import Delta, Request, Response, Timing
+
+__all__ = ["deltas_of", "one_delta_of", "response_of", "without"]
+
+
+def response_of(answer: httpx2.Response, request: Request, started: float) -> Response:
+    """The Response of a whole answer that came with a good status."""
+    try:
+        data = orjson.loads(answer.content)
+    except ValueError as error:
+        raise _not_json(answer) from error
+    request_id = answer.headers.get("x-request-id")
+    response = response_from(data, request_id=request_id, service=time.perf_counter() - started)
+    if request.stop_sequences and response.content:
+        # Not every server honours every stop; where it did, this finds nothing.
+        text, stop = cut(response.content, request.stop_sequences)
+        if stop is not None:
+            return replace(response, content=text, finish_reason="stop")
+    return response
+
+
+async def one_delta_of(
+    answer: httpx2.Response, request: Request, started: float, secret: str | None
+) -> AsyncGenerator[Delta, None]:
+    """The answer of a server that was asked to stream and did not."""
+    await answer.aread()
+    try:
+        yield response_of(answer, request, started).as_delta()
+    except AsyncModelsError as error:
+        raise without(secret, error) from error.__cause__
+
+
+async def deltas_of(
+    answer: httpx2.Response, request: Request, started: float, secret: str | None
+) -> AsyncGenerator[Delta, None]:
+    """The Deltas of a stream of server-sent events; raises TruncatedResponseError when it is cut off."""
+    decoder, reader = SSEDecoder(), ChunkReader()
+    matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
+    first_token: float | None = None
+    pieces = body_of(answer)
+    ended = False
+    try:
+        async for piece in pieces:
+            for event in decoder.feed(piece):
+                if event.data == b"[DONE]":
+                    ended = True
+                    break
+                delta = _delta(event, reader)
+                if delta is None:
+                    continue
+                if first_token is None:
+                    first_token = time.perf_counter() - started
+                if matcher is not None and delta.content:
+                    text = matcher.push(delta.content)
+                    if matcher.matched:
+                        timing = Timing(first_token=first_token, service=time.perf_counter() - started)
+                        yield reader.last(content=text, stopped=True, timing=timing)
+                        return
+                    delta = replace(delta, content=text)
+                yield delta
+            if ended:
+                break
+    except AsyncModelsError as error:
+        raise without(secret, error) from error.__cause__
+    if not ended and not reader.finished:
+        raise TruncatedResponseError("The stream ended without a finish reason: it was cut off.")
+    timing = Timing(first_token=first_token, service=time.perf_counter() - started)
+    yield reader.last(content=matcher.flush() if matcher is not None else "", timing=timing)
+    await _drain(pieces)
+
+
+def _delta(event: ServerSentEvent, reader: ChunkReader) -> Delta | None:
+    try:
+        chunk = orjson.loads(event.data)
+    except ValueError as error:
+        if event.event == b"error":
+            raise error_from_body(event.data.decode(errors="replace"), default=StreamError) from None
+        raise InvalidResponseError("A piece of the stream is not JSON.") from error
+    if event.event == b"error":
+        raise error_from_body(chunk.get("error", chunk) if isinstance(chunk, dict) else chunk, default=StreamError)
+    return reader.read(chunk)
+
+
+async def _drain(pieces: AsyncIterator[bytes]) -> None:
+    """Reads the end of the body, so that the connection can be used again; a server that holds it open loses it."""
+    try:
+        async with asyncio.timeout(_DRAIN):
+            async for _ in pieces:
+                pass
+    except (TimeoutError, AsyncModelsError):
+        return  # the answer is whole; only the connection is lost, and the pool closes it
+
+
+_DRAIN = 0.25
+
+
+def _not_json(answer: httpx2.Response) -> InvalidResponseError:
+    kind = answer.headers.get("content-type", "no content type").partition(";")[0]
+    what = "nothing" if not answer.content.strip() else f"{kind}, which is not JSON"
+    return InvalidResponseError(
+        f"The provider answered {answer.status_code} with {what}.",
+        status=answer.status_code,
+        request_id=answer.headers.get("x-request-id"),
+    )
+
+
+def without(secret: str | None, error: AsyncModelsError) -> AsyncModelsError:
+    """``error`` without the key that some servers repeat when they refuse it."""
+    if secret and secret in error.message:
+        error.message = error.message.replace(secret, "***")
+        error.args = (error.message, *error.args[1:])
+    return error
