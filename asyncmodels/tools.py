@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 import re
+import types
 import typing
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,11 +24,12 @@ from asyncmodels.types import Tool
 
 __all__ = ["as_tool", "as_tool_choice", "as_tools"]
 
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 
 
 def as_tool(value: object) -> Tool:
-    """Makes a Tool of whatever describes one. What is made of a function is remembered for as long as the function lives.
+    """Makes a Tool of whatever describes one. What a function says is read once, and remembered while it lives.
 
     Raises InvalidRequestError, naming the tool and the parameter, for a missing type hint, ``*args`` or ``**kwargs``,
     a type that has no JSON schema, a bad name, or a dict or object of another shape.
@@ -35,20 +37,23 @@ def as_tool(value: object) -> Tool:
     if isinstance(value, Tool):
         _check(value.name, value.parameters)
         return value
+    if isinstance(value, _FUNCTIONS) or inspect.isroutine(value):
+        spec = _spec(value)
+        return Tool(spec.name, spec.description, spec.parameters, function=value)
     if isinstance(value, Mapping):
         return _from_dict(value)
     if all(hasattr(value, name) for name in ("name", "description", "inputs")) and not isinstance(value, type):
         return _from_inputs(value)
-    if inspect.isroutine(value) or isinstance(value, functools.partial):
-        spec = _spec(value)
-        return Tool(spec.name, spec.description, spec.parameters, function=value)
     raise InvalidRequestError(
         f"A tool is a Tool, a dict, a function, or an object with name, description and inputs, not {_kind(value)}."
     )
 
 
 def as_tools(values: object) -> tuple[Tool, ...]:
-    """Makes Tools of a list of whatever describes one; None is no tools. Raises InvalidRequestError for a name given twice."""
+    """Makes Tools of a list of whatever describes one; None is no tools.
+
+    Raises InvalidRequestError where ``as_tool`` does, and for a name given twice.
+    """
     if values is None:
         return ()
     if isinstance(values, str | bytes | Mapping | Tool) or not isinstance(values, Iterable):
@@ -69,12 +74,12 @@ def as_tool_choice(value: object, tools: Sequence[Tool]) -> str | None:
     Takes these words, a name, OpenAI's dict, a Tool, or what the Tool was made of. Raises InvalidRequestError where a
     call is demanded and there is no such tool.
     """
-    if value is None or value in ("auto", "none"):
-        return typing.cast("str | None", value)
-    if value == "required":
-        if not tools:
+    if value is None:
+        return None
+    if isinstance(value, str) and value in ("auto", "none", "required"):
+        if value == "required" and not tools:
             raise InvalidRequestError("tool_choice='required' needs tools, and there are none.")
-        return "required"
+        return value
     name = _chosen(value)
     if name in ("auto", "none", "required"):
         raise InvalidRequestError(f"A tool called {name!r} cannot be chosen by its name, which means something else.")
@@ -99,6 +104,12 @@ def _chosen(value: object) -> str:
     return as_tool(value).name
 
 
+class _Spec(NamedTuple):
+    name: str
+    description: str
+    parameters: dict[str, Any]
+
+
 def _kind(value: object) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
@@ -108,7 +119,7 @@ def _check(name: object, parameters: object) -> None:
         raise InvalidRequestError(
             f"The tool name {str(name)[:80]!r} must be 1 to 64 letters of a-z and A-Z, digits, underscores and hyphens."
         )
-    if not isinstance(parameters, Mapping):
+    if type(parameters) is not dict and not isinstance(parameters, Mapping):
         raise InvalidRequestError(
             f"The parameters of the tool {name!r} must be a JSON schema, not {_kind(parameters)}."
         )
@@ -159,15 +170,30 @@ def _unknown(inner: Mapping[str, Any], keys: Iterable[str]) -> InvalidRequestErr
 # -- from smolagents' inputs ------------------------------------------------------------------------------------------
 
 
+# What such an object said and what was made of it: agents pass the same objects with every call, and may change them.
+_readings: weakref.WeakKeyDictionary[Any, tuple[Any, Any, Any, _Spec]] = weakref.WeakKeyDictionary()
+
+
 def _from_inputs(value: Any) -> Tool:
     name, description, inputs = value.name, value.description, value.inputs
+    try:
+        known = _readings.get(value)
+        if known is None or known[:3] != (name, description, inputs):
+            known = (name, description, copy.deepcopy(inputs), _read_inputs(name, description, inputs))
+            _readings[value] = known
+        spec = known[3]
+    except TypeError:  # an object without a hash, or that cannot be referred to weakly
+        spec = _read_inputs(name, description, inputs)
+    return Tool(spec.name, spec.description, spec.parameters, function=value if callable(value) else None)
+
+
+def _read_inputs(name: Any, description: Any, inputs: Any) -> _Spec:
     _check(name, {})
     if not isinstance(inputs, Mapping) or not all(isinstance(item, Mapping) for item in inputs.values()):
         raise InvalidRequestError(f"The inputs of the tool {name!r} must be a dict that describes each by a dict.")
     properties = {key: _json_schema(item) for key, item in inputs.items()}
     required = [key for key, item in inputs.items() if not _nullable(item) and "default" not in item]
-    parameters = {"type": "object", "properties": properties, "required": required}
-    return Tool(name, str(description or ""), parameters, function=value if callable(value) else None)
+    return _Spec(name, str(description or ""), {"type": "object", "properties": properties, "required": required})
 
 
 def _nullable(schema: Mapping[str, Any]) -> bool:
@@ -179,8 +205,8 @@ def _nullable(schema: Mapping[str, Any]) -> bool:
 
 
 def _json_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON schema for smolagents' dialect: ``any`` and ``nullable`` mean nothing there, pictures travel by their name."""
-    result = {key: copy.deepcopy(item) for key, item in schema.items() if key not in _SUBSCHEMAS and key != "nullable"}
+    """JSON schema for smolagents' dialect, whose ``any`` and ``nullable`` are no words of JSON schema."""
+    result = {key: _copied(item) for key, item in schema.items() if key not in _SUBSCHEMAS and key != "nullable"}
     for key, read in _SUBSCHEMAS.items():
         if key in schema:
             result[key] = read(schema[key])
@@ -201,16 +227,20 @@ def _json_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _copied(value: Any) -> Any:
+    return value if isinstance(value, str) else copy.deepcopy(value)
+
+
 def _one(value: Any) -> Any:
-    return _json_schema(value) if isinstance(value, Mapping) else copy.deepcopy(value)
+    return _json_schema(value) if isinstance(value, Mapping) else _copied(value)
 
 
 def _each(value: Any) -> Any:
-    return [_one(item) for item in value] if isinstance(value, list | tuple) else copy.deepcopy(value)
+    return [_one(item) for item in value] if isinstance(value, list | tuple) else _copied(value)
 
 
 def _by_name(value: Any) -> Any:
-    return {key: _one(item) for key, item in value.items()} if isinstance(value, Mapping) else copy.deepcopy(value)
+    return {key: _one(item) for key, item in value.items()} if isinstance(value, Mapping) else _copied(value)
 
 
 _SUBSCHEMAS: Mapping[str, Callable[[Any], Any]] = {
@@ -228,12 +258,6 @@ _TYPES: Mapping[str, str] = {"image": "string", "audio": "string"}
 
 
 # -- from a Python function -------------------------------------------------------------------------------------------
-
-
-class _Spec(NamedTuple):
-    name: str
-    description: str
-    parameters: dict[str, Any]
 
 
 # Only the spec is kept, never the Tool: a Tool holds its function, and a function held by its own entry never dies.
@@ -290,12 +314,12 @@ def _parameters(function: Any, plain: Any, name: str) -> list[inspect.Parameter]
     for parameter in parameters:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise InvalidRequestError(
-                f"The parameter {str(parameter).split(':')[0]!r} of the tool {name!r} stands for any number of arguments, "
-                "which no JSON schema describes."
+                f"The parameter {str(parameter).split(':')[0]!r} of the tool {name!r} stands for any number of "
+                "arguments; give each a name and a type hint."
             )
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise InvalidRequestError(
-                f"The parameter {parameter.name!r} of the tool {name!r} is positional-only; models name their arguments."
+                f"The parameter {parameter.name!r} of the tool {name!r} is positional-only; models pass by name."
             )
     return [parameter for parameter in parameters if parameter.name not in fixed]
 
@@ -344,7 +368,8 @@ def _object_schema(parameters: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
         field = ... if default is inspect.Parameter.empty else default
         fields[f"field{index}"] = (typing.Annotated[hint, pydantic.Field(alias=key)], field)
     model = pydantic.create_model("Arguments", **fields)
-    return model.model_json_schema(by_alias=True, schema_generator=Schema)
+    schema: dict[str, Any] = model.model_json_schema(by_alias=True, schema_generator=Schema)
+    return schema
 
 
 def _docstring(text: str) -> tuple[str, dict[str, str]]:
