@@ -269,6 +269,7 @@ class ChunkReader:
 
     def __init__(self) -> None:
         self._introduced = False
+        self._refused = False
         self._finish: FinishReason | None = None
         self._usage: Usage | None = None
         self._indices: dict[str, int] = {}
@@ -314,8 +315,7 @@ class ChunkReader:
 
     def _rare(self, chunk: Mapping[str, Any], choice: Mapping[str, Any], delta: Mapping[str, Any]) -> Delta | None:
         content, refused = _content(delta)
-        if refused:
-            self._finish = "content_filter"
+        self._refused = self._refused or refused
         reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
         calls = tuple(self._call(call) for call in delta.get("tool_calls") or ())
         logprobs = logprobs_from(choice["logprobs"]) if choice.get("logprobs") else ()
@@ -348,7 +348,10 @@ class ChunkReader:
 
     def last(self, *, content: str = "", stopped: bool = False, timing: Timing | None = None) -> Delta:
         """The Delta that ends the stream; ``stopped`` when a stop sequence was found here."""
-        reason: FinishReason | None = "stop" if stopped else self._finish
-        if reason == "stop" and self._calls and not stopped:
-            reason = "tool_calls"
+        reason: FinishReason = "stop"
+        if self._refused:
+            reason = "content_filter"
+        elif not stopped:
+            # Some servers say "stop" where they mean that they called a tool, or end without a word.
+            reason = "tool_calls" if self._calls and self._finish in ("stop", None) else self._finish or "stop"
         return Delta(content=content, finish_reason=reason, usage=self._usage, timing=timing)
