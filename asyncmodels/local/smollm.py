@@ -20,8 +20,8 @@ import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import huggingface_hub
 from filelock import FileLock
+from huggingface_hub import constants, try_to_load_from_cache
 
 from asyncmodels.errors import ModelLoadError
 
@@ -116,7 +116,7 @@ def _cached(cache: Path) -> Path | None:
     ours = cache / _FOLDER
     if _is_intact(ours):
         return ours
-    config = huggingface_hub.try_to_load_from_cache(REPOSITORY, "config.json")
+    config = try_to_load_from_cache(REPOSITORY, "config.json")
     if isinstance(config, str) and _is_whole(Path(config).parent):
         return Path(config).parent
     return None
@@ -181,9 +181,9 @@ print(folder)
 
 
 def _from_hub(staging: Path) -> Path:
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         raise _SourceError("HF_HUB_OFFLINE is set")
-    kept = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{REPOSITORY.replace('/', '--')}"
+    kept = Path(constants.HF_HUB_CACHE) / f"models--{REPOSITORY.replace('/', '--')}"
     logger.info("Fetching %s (270 MB), once, from the Hugging Face Hub into %s", REPOSITORY, kept)
     output = _run(
         ["-c", _HUB_SCRIPT, REPOSITORY],

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Everything that this project checks, on a machine with nothing but Python 3.11 or later:
+#
+#   bash tests/run.sh                          ruff, mypy --strict, and all tests
+#   bash tests/run.sh tests/test_cli.py -k x   pytest with these arguments, and nothing else
+#
+# The packages go into a virtual environment outside the checkout, keyed by what decides its content, so that a second
+# run starts in seconds and every checkout with the same dependencies shares it. ASYNCMODELS_VENVS says where;
+# PYTHON says which interpreter.
+set -euo pipefail
+exec </dev/null
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { printf '\n== %s\n' "$*"; }
+fail() { printf '%s\n' "tests/run.sh: $*" >&2; exit 1; }
+
+python=""
+for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+[ -n "$python" ] || fail "needs Python 3.11 or later; set PYTHON to one."
+
+key=$("$python" - pyproject.toml tests/run.sh <<'P'
+import hashlib, pathlib, platform, sys
+parts = [sys.version, sys.base_prefix, platform.machine()] + [pathlib.Path(name).read_text() for name in sys.argv[1:]]
+print(hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16])
+P
+)
+venvs=${ASYNCMODELS_VENVS:-${XDG_CACHE_HOME:-$HOME/.cache}/asyncmodels/venvs}
+venv=$venvs/$key
+
+install() {
+    # Linux wheels of torch bring gigabytes of CUDA unless a CPU build is found, and one exists for this version.
+    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
+        "$venv/bin/python" -m pip install --quiet "torch==2.13.0"
+    fi
+    "$venv/bin/python" -m pip install --quiet --editable ".[openai,smollm,images]" --group test
+    # The adapter's own test needs smolagents; its dependencies (gradio's relatives, another openai) are not needed.
+    if grep -rqs "smolagents" --include='test_*.py' tests; then
+        "$venv/bin/python" -m pip install --quiet --no-deps "smolagents>=1.26,<2"
+    fi
+}
+
+# The lock is the shell's own file descriptor; macOS has flock(2) but no flock command.
+mkdir -p "$venvs"
+exec 9>"$venvs/lock"
+"$python" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)'
+# .complete is written last, so that an environment without it was interrupted and starts again from nothing.
+if [ ! -e "$venv/.complete" ]; then
+    say "installing into $venv (minutes, once)"
+    started=$SECONDS
+    rm -rf "$venv"
+    "$python" -m venv "$venv" || fail "cannot make a virtual environment; on Debian: apt install python3-venv"
+    "$venv/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
+    install
+    # The editable install leaves the metadata and the command; the code must come from the checkout that is tested,
+    # not from the one that installed first, so its path goes.
+    rm -f "$venv"/lib/python*/site-packages/*asyncmodels*.pth
+    say "installed in $((SECONDS - started)) s"
+fi
+touch "$venv/.complete"
+# What no run has used for two weeks goes: every change of pyproject.toml makes a new environment of a gigabyte.
+find "$venvs" -mindepth 2 -maxdepth 2 -name .complete -mtime +14 | while read -r old; do rm -rf "$(dirname "$old")"; done
+exec 9>&-
+
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PATH="$venv/bin:$PATH"
+if [ $# -gt 0 ]; then
+    exec "$venv/bin/python" -m pytest "$@"
+fi
+say "ruff check"
+"$venv/bin/python" -m ruff check
+say "ruff format --check"
+"$venv/bin/python" -m ruff format --check
+say "mypy --strict"
+"$venv/bin/python" -m mypy
+say "pytest"
+exec "$venv/bin/python" -m pytest
