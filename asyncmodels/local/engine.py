@@ -1,0 +1,253 @@
+"""An engine: many event loops share one model, whose owner thread batches what they ask for.
+
+A request is let in through the gate, turned into token ids off the event loop, and sent to the owner thread; its deltas
+come back through a handle. The engine starts when it is first needed, outlives event loops, and replaces an owner
+thread that has died, a bounded number of times in a row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from asyncmodels.clock import SYSTEM_CLOCK, Clock
+from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError, UnsupportedError
+from asyncmodels.local.gate import Gate, Ticket
+from asyncmodels.local.job import Handle, Job
+from asyncmodels.local.runner import RunnerFactory
+from asyncmodels.local.sequence import Sampling, Sequence
+from asyncmodels.local.worker import Ready, Tally, Worker, WorkerSettings
+from asyncmodels.stopping import StopMatcher
+from asyncmodels.types import Request
+
+__all__ = ["Engine", "EngineStatistics"]
+
+EngineState = Literal["idle", "loading", "running", "dead", "closed"]
+_EXTRA = frozenset({"chat_template_kwargs", "ignore_eos"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatistics:
+    """What an engine is doing, and what it has done since it was made."""
+
+    state: EngineState
+    waiting: int
+    """Requests that are not in the batch yet: at the gate, being tokenised, or queued."""
+    queued: int
+    """Those of them that were let in through the gate."""
+    running: int
+    """Rows of the batch."""
+    max_batch_size: int
+    kv_tokens: int
+    """Tokens of KV memory that running requests have reserved."""
+    max_kv_tokens: int | None
+    steps: int
+    mean_batch: float
+    """Rows in the batch, averaged over all steps."""
+    tokens_generated: int
+    finished: int
+    cancelled: int
+    failed: int
+    restarts: int
+    device: str | None
+    dtype: str | None
+
+
+class Engine:
+    """One model, one owner thread, any number of event loops.
+
+    ``factory`` makes the runner, on the owner thread. At most ``max_batch_size`` requests run at once; up to
+    ``max_queued`` more (with at most about ``max_queued_tokens`` prompt tokens) are queued, and the rest waits outside
+    (``when_full="wait"``) or gets a QueueFullError (``"raise"``). ``max_batch_tokens`` bounds the batch's KV memory.
+    ``max_new_tokens`` is for requests without ``max_tokens``; None lets them fill the context. After ``max_restarts``
+    deaths in a row, without one finished request in between, the engine stays dead.
+    """
+
+    def __init__(
+        self,
+        factory: RunnerFactory,
+        *,
+        model_id: str,
+        max_batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+        max_queued: int = 1024,
+        max_queued_tokens: int | None = None,
+        when_full: Literal["wait", "raise"] = "wait",
+        max_new_tokens: int | None = None,
+        max_restarts: int = 3,
+        template_kwargs: Mapping[str, Any] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        for name, value in (("max_batch_size", max_batch_size), ("max_queued", max_queued)):
+            if value < 1:
+                raise ConfigurationError(f"{name} must be at least 1, not {value}.")
+        if when_full not in ("wait", "raise"):
+            raise ConfigurationError(f'when_full must be "wait" or "raise", not {when_full!r}.')
+        self.model_id = model_id
+        self.max_new_tokens = max_new_tokens
+        self.when_full = when_full
+        self._factory = factory
+        self._clock = clock
+        self._settings = WorkerSettings(
+            name=model_id.rstrip("/").rpartition("/")[2] or "model",
+            model_id=model_id,
+            max_rows=max_batch_size,
+            max_tokens=max_batch_tokens,
+            max_restarts=max_restarts,
+            template_kwargs=dict(template_kwargs or {}),
+            clock=clock,
+        )
+        self._tally = Tally()
+        self._gate = Gate(max_requests=max_queued, max_tokens=max_queued_tokens)
+        self._lock = threading.Lock()
+        self._worker: Worker | None = None
+        self._dead = False
+        self._closed = False
+
+    async def start(self) -> None:
+        """Loads the model, if that has not happened. Raises ModelLoadError; the next call tries again."""
+        await self._ready()
+
+    async def submit(self, request: Request, *, streaming: bool) -> Handle:
+        """Takes ``request`` in, and returns once it is with the owner thread.
+
+        With ``streaming`` the handle yields deltas as they come, otherwise one at the end. Raises ModelLoadError,
+        QueueFullError, ClosedError, EngineDeadError, ContextLengthError and InvalidRequestError.
+        """
+        arrived = self._clock.time()
+        unknown = sorted(set(request.extra) - _EXTRA)
+        if unknown:
+            raise UnsupportedError(f"Local models do not know the extra parameters {', '.join(unknown)}.")
+        Sampling.of(request)
+        stops = StopMatcher(request.stop_sequences)
+        await self._ready()
+        wait = self.when_full == "wait"
+        ticket = await self._gate.enter(priority=request.priority, agent=request.agent, wait=wait)
+        try:
+            return await self._send(request, ticket, stops, streaming, arrived)
+        except BaseException:
+            ticket.release()
+            raise
+
+    def statistics(self) -> EngineStatistics:
+        worker, tally = self._worker, self._tally
+        ready = worker.ready.value if worker is not None else None
+        scheduler = ready.scheduler if ready is not None else None
+        return EngineStatistics(
+            state=self._state(),
+            waiting=self._gate.waiting + self._gate.inside,
+            queued=self._gate.inside,
+            running=scheduler.running if scheduler else 0,
+            max_batch_size=self._settings.max_rows,
+            kv_tokens=scheduler.reserved if scheduler else 0,
+            max_kv_tokens=scheduler.max_tokens if scheduler else self._settings.max_tokens,
+            steps=tally.steps,
+            mean_batch=tally.row_steps / tally.steps if tally.steps else 0.0,
+            tokens_generated=tally.tokens,
+            finished=tally.finished,
+            cancelled=tally.cancelled,
+            failed=tally.failed,
+            restarts=tally.restarts,
+            device=ready.info.device if ready else None,
+            dtype=ready.info.dtype if ready else None,
+        )
+
+    async def aclose(self) -> None:
+        """Fails whatever is under way with a ClosedError, frees the model and ends the thread."""
+        worker = self.abandon()
+        if worker is not None:
+            await worker.ended.wait()
+            worker.join()
+
+    def abandon(self) -> Worker | None:
+        """Closes without waiting: for finalizers, on any thread."""
+        with self._lock:
+            self._closed = True
+            worker = self._worker
+        self._gate.close(ClosedError("The engine was closed."))
+        if worker is not None:
+            worker.close()
+        return worker
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    async def _send(
+        self, request: Request, ticket: Ticket, stops: StopMatcher, streaming: bool, arrived: float
+    ) -> Handle:
+        while True:
+            worker, ready = await self._ready()
+            try:
+                prompt = await ready.encoder.encode(request)
+            except RuntimeError:
+                if worker.ended.done or self._closed:
+                    continue
+                raise
+            sequence = self._sequence(request, prompt, ready, arrived)
+            handle = Handle(sequence.id, lambda w=worker, s=sequence: w.cancel(s))  # type: ignore[misc]  # bound early
+            job = Job(sequence, handle, ticket, stops, streaming, bool(request.extra.get("ignore_eos", False)))
+            ticket.charge(len(prompt))
+            if worker.send(job):
+                return handle
+
+    def _sequence(self, request: Request, prompt: tuple[int, ...], ready: Ready, arrived: float) -> Sequence:
+        limit = ready.limit
+        if len(prompt) + 1 > limit:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens, and with one more to generate it must fit into {limit}.",
+                requested=len(prompt) + 1,
+                limit=limit,
+            )
+        room = limit - len(prompt)
+        wanted = request.max_tokens or self.max_new_tokens or room
+        return Sequence(
+            id=f"local-{uuid.uuid4().hex}",
+            prompt=prompt,
+            max_tokens=min(wanted, room),
+            sampling=Sampling.of(request, ready.info.sampling),
+            agent=request.agent,
+            priority=request.priority,
+            queued_at=arrived,
+        )
+
+    async def _ready(self) -> tuple[Worker, Ready]:
+        worker = self._live_worker()
+        return worker, await worker.ready.wait()
+
+    def _live_worker(self) -> Worker:
+        asyncio.get_running_loop()
+        with self._lock:
+            if self._closed:
+                raise ClosedError("The engine is closed.")
+            if self._worker is None or self._worker.ended.done:
+                self._worker = self._replace(self._worker)
+            return self._worker
+
+    def _replace(self, dead: Worker | None) -> Worker:
+        cause = dead.ended.value if dead is not None and dead.ready.value is not None else None
+        if cause is not None:
+            # A model that could not be loaded is tried again by every call; one that dies at work, a few times.
+            if self._tally.restarts_in_a_row >= self._settings.max_restarts:
+                self._dead = True
+                raise EngineDeadError(
+                    f"The engine died {self._tally.restarts_in_a_row + 1} times in a row and is not restarted "
+                    f"any more ({type(cause).__name__}: {cause})."
+                ) from cause
+            self._tally.restarts += 1
+            self._tally.restarts_in_a_row += 1
+        worker = Worker(self._factory, self._settings, self._tally)
+        worker.start()
+        return worker
+
+    def _state(self) -> EngineState:
+        worker = self._worker
+        if self._closed:
+            return "closed"
+        if self._dead:
+            return "dead"
+        if worker is None or worker.ended.done:
+            return "idle"
+        return "running" if worker.ready.done else "loading"

@@ -1,0 +1,146 @@
+"""One request on its way through an engine: the job on the owner thread, and the handle on the caller's event loop.
+
+The handle, not the engine, sees to it that a request ends exactly once: what comes after its end is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from asyncmodels.errors import ConfigurationError
+from asyncmodels.local.gate import Ticket
+from asyncmodels.local.runner import Detokenizes, Sampled
+from asyncmodels.local.sequence import Sequence
+from asyncmodels.stopping import StopMatcher
+from asyncmodels.types import Delta, FinishReason, TokenLogprob
+
+__all__ = ["Handle", "Job"]
+
+
+class Handle(AsyncIterator[Delta]):
+    """The caller's end: an iterator of Deltas that belongs to one event loop and one reader.
+
+    Deltas that nobody reads are merged into one, so a slow reader costs no more than the text itself.
+    """
+
+    def __init__(self, id: str, on_cancel: Callable[[], None]) -> None:
+        self.id = id
+        self.loop = asyncio.get_running_loop()
+        self._on_cancel = on_cancel
+        self._pending: list[Delta] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: Exception | None = None
+        self._ended = False
+
+    async def begun(self) -> None:
+        """Waits for the first delta. Raises what ended the request before it."""
+        await self._wait()
+        if self._error is not None and not self._pending:
+            raise self._error
+
+    async def __anext__(self) -> Delta:
+        await self._wait()
+        if self._pending:
+            pending, self._pending = self._pending, []
+            return pending[0] if len(pending) == 1 else _merge(pending)
+        if self._error is not None:
+            raise self._error
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        """Gives the request up. Does nothing once it has ended; never blocks."""
+        if not self._ended:
+            self._ended = True
+            self._on_cancel()
+
+    # -- called on the handle's loop ----------------------------------------------------------------------------------
+
+    def deliver(self, delta: Delta, last: bool) -> None:
+        if not self._ended:
+            self._pending.append(delta)
+            self._ended = last
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        if not self._ended:
+            self._error = error
+            self._ended = True
+            self._wake()
+
+    async def _wait(self) -> None:
+        if self._pending or self._ended:
+            return
+        if self._waiter is not None:
+            raise ConfigurationError("An answer is read by one task at a time.")
+        self._waiter = self.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _merge(deltas: list[Delta]) -> Delta:
+    last = deltas[-1]
+    return Delta(
+        content="".join([delta.content for delta in deltas]),
+        finish_reason=last.finish_reason,
+        usage=last.usage,
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        model=last.model,
+        id=last.id,
+        timing=last.timing,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The engine's end of one request. Only the owner thread touches it once it was sent there."""
+
+    sequence: Sequence
+    handle: Handle
+    ticket: Ticket
+    stops: StopMatcher
+    streaming: bool
+    ignore_eos: bool = False
+    detokenizer: Detokenizes | None = None
+    _text: list[str] = field(default_factory=list)
+    _logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def take(
+        self, output: Sampled, eos_token_ids: frozenset[int], token_text: Callable[[int], str]
+    ) -> FinishReason | None:
+        """Adds a token, already noted in the sequence, to the text. Returns why the request ends here, if it does."""
+        assert self.detokenizer is not None  # noqa: S101  # the worker makes it when the sequence starts
+        if output.logprob is not None:
+            top = tuple((token_text(token), logprob) for token, logprob in output.top)
+            self._logprobs.append(TokenLogprob(token_text(output.token), output.logprob, top))
+        reason: FinishReason | None = None
+        if output.token in eos_token_ids and not self.ignore_eos:
+            reason = "stop"
+        else:
+            self._emit(self.detokenizer.push(output.token))
+            if len(self.sequence.output) >= self.sequence.max_tokens:
+                reason = "length"
+        if reason is not None and not self.stops.matched:
+            self._emit(self.detokenizer.finish())
+            rest = self.stops.flush()
+            if rest:
+                self._text.append(rest)
+        return "stop" if self.stops.matched else reason
+
+    def drain(self) -> tuple[str, tuple[TokenLogprob, ...]]:
+        """The text and the log-probabilities since the last time."""
+        text, self._text = "".join(self._text), []
+        logprobs, self._logprobs = tuple(self._logprobs), []
+        return text, logprobs
+
+    def _emit(self, text: str) -> None:
+        text = self.stops.push(text) if text else ""
+        if text:
+            self._text.append(text)

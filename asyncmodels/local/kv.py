@@ -1,0 +1,190 @@
+"""The KV memory of a batch whose rows come and go.
+
+Rows are right-aligned: all of them end at the same column, and a shorter row has padding on its left. Every step writes
+one more column for everybody. So a row joins by being copied in at the right edge, leaves by having the last row
+copied into its place, and nothing is moved otherwise; room grows in big steps instead of with every token.
+
+Distances between columns are distances between tokens, in every row. That is all that full and sliding attention look
+at; layers of another kind (linear attention, state spaces, chunks) are refused when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from asyncmodels.errors import UnsupportedError
+
+__all__ = ["BatchCache", "layer_windows"]
+
+_ROOM = 256
+"""By how many columns the memory grows."""
+_ROWS = 8
+"""By how many rows it grows."""
+
+
+def layer_windows(config: Any) -> list[int | None]:
+    """The attention window of each layer of a model, None for full attention.
+
+    Raises UnsupportedError for a model that keeps anything else than keys and values of full or sliding attention.
+    """
+    windows: list[int | None] = []
+    decoder = config.get_text_config(decoder=True)
+    kinds = set(getattr(decoder, "layer_types", None) or ())
+    chunked = "chunked_attention" in kinds or getattr(decoder, "attention_chunk_size", None) is not None
+    for layer in DynamicCache(config=config).layers:
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer and not chunked:
+            windows.append(layer.sliding_window)
+        else:
+            kind = "chunked attention" if chunked else type(layer).__name__
+            raise UnsupportedError(
+                f"Models of type {config.model_type!r} have layers ({kind}) that cannot be batched here: "
+                "only full and sliding attention can."
+            )
+    return windows
+
+
+class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not type-checked here
+    """One layer's keys and values: rows x heads x columns x size, of which ``begin`` to ``end`` are in use.
+
+    With a ``window`` only the columns that the window still reaches are kept; ``width`` counts the others as well.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.rows = 0
+        self.width = 0
+        self.begin = 0
+        self.end = 0
+
+    # -- what the model calls -----------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.rows = key_states.shape[0]
+        self.keys = key_states.new_empty((self.rows, key_states.shape[1], 0, key_states.shape[3]))
+        self.values = value_states.new_empty((self.rows, value_states.shape[1], 0, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        count = key_states.shape[2]
+        self.reserve(self.rows, 0, count)
+        end = self.end + count
+        self.keys[: self.rows, :, self.end : end] = key_states
+        self.values[: self.rows, :, self.end : end] = value_states
+        keys = self.keys[: self.rows, :, self.begin : end]
+        values = self.values[: self.rows, :, self.begin : end]
+        self.end = end
+        self.width += count
+        if self.window is not None:
+            self.begin = max(self.begin, end - (self.window - 1))
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = self.end - self.begin
+        return held + query_length, self.width - held
+
+    def get_seq_length(self) -> int:
+        return self.width
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    # -- what the batch calls -----------------------------------------------------------------------------------------
+
+    def reserve(self, rows: int, left: int, right: int) -> None:
+        """Makes room for ``rows`` rows, ``left`` columns before the ones in use and ``right`` after them."""
+        capacity, columns = self.keys.shape[0], self.keys.shape[2]
+        if rows <= capacity and left <= self.begin and self.end + right <= columns:
+            return
+        held = self.end - self.begin
+        capacity = capacity if rows <= capacity else -(-rows // _ROWS) * _ROWS
+        shape = (capacity, left + held + right + _ROOM)
+        self.keys = self._moved(self.keys, shape, left)
+        self.values = self._moved(self.values, shape, left)
+        self.begin, self.end = left, left + held
+
+    def _moved(self, old: torch.Tensor, shape: tuple[int, int], left: int) -> torch.Tensor:
+        rows, columns = shape
+        new = old.new_empty((rows, old.shape[1], columns, old.shape[3]))
+        new[: self.rows, :, left : left + self.end - self.begin] = old[: self.rows, :, self.begin : self.end]
+        return new
+
+    def join(self, other: BatchLayer) -> None:
+        """Takes in the rows of ``other`` behind its own."""
+        width = max(self.width, other.width)
+        held = width if self.window is None else min(width, self.window - 1)
+        missing = held - (self.end - self.begin)
+        rows = self.rows + other.rows
+        self.reserve(rows, missing, 0)
+        begin = self.begin - missing
+        source = slice(other.begin, other.end)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            # Padding is masked, but what it holds must be finite: a weight of 0 does not silence a NaN.
+            mine[: self.rows, :, begin : self.begin] = 0
+            mine[self.rows : rows, :, begin : self.end - (other.end - other.begin)] = 0
+            mine[self.rows : rows, :, self.end - (other.end - other.begin) : self.end] = theirs[: other.rows, :, source]
+        self.rows, self.width, self.begin = rows, width, begin
+
+    def move(self, sources: torch.Tensor, targets: torch.Tensor, rows: int) -> None:
+        """Copies whole rows onto others, and keeps the first ``rows``."""
+        if len(sources):
+            used = slice(self.begin, self.end)
+            self.keys[targets, :, used] = self.keys[sources, :, used]
+            self.values[targets, :, used] = self.values[sources, :, used]
+        self.rows = rows
+
+    def trim(self, width: int) -> None:
+        """Drops columns on the left until ``width`` are left."""
+        self.width = width
+        self.begin = max(self.begin, self.end - width)
+
+
+class BatchCache(Cache):  # type: ignore[misc]  # transformers is not type-checked here
+    """The cache of a batch, given to the model as ``past_key_values``."""
+
+    def __init__(self, windows: Rows[int | None]) -> None:
+        super().__init__(layers=[BatchLayer(window) for window in windows])
+
+    @property
+    def width(self) -> int:
+        """How many columns the rows have, padding included."""
+        width: int = self.layers[0].width
+        return width
+
+    def join(self, other: BatchCache) -> None:
+        """Takes in the rows of ``other`` behind its own; ``other`` is not to be used any more."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            mine.join(theirs)
+
+    def keep(self, rows: Rows[int], width: int) -> list[int]:
+        """Drops all rows but ``rows``, and all columns but the last ``width``. Returns the new order of the rows.
+
+        The rows that stay keep their places, but for the last ones, which fill the gaps.
+        """
+        order = sorted(rows)
+        count = len(order)
+        gaps = sorted(set(range(count)) - set(order))
+        movers = order[count - len(gaps) :]
+        order = order[: count - len(gaps)]
+        for gap, mover in zip(gaps, movers, strict=True):
+            order.insert(gap, mover)
+        for layer in self.layers:
+            layer.move(torch.tensor(movers, device=layer.device), torch.tensor(gaps, device=layer.device), count)
+            layer.trim(width)
+        return order

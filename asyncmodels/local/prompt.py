@@ -1,0 +1,158 @@
+"""Messages to token ids: the model's chat template, off the event loop.
+
+Every worker thread has its own copy of the tokenizer, because a tokenizer may not be used by two threads at once
+("Already borrowed"), and nothing is ever padded or truncated in it.
+
+A template that refuses messages gets them a second time with neighbours of one role merged, and a third time with the
+system prompt in front of the first user message; what it refuses then is an InvalidRequestError with its own words.
+A model without a chat template takes a single message, whose text is the prompt as it is; a conversation is an
+InvalidRequestError, because nobody knows how such a model would like to read it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from asyncmodels.errors import InvalidRequestError
+from asyncmodels.types import Message, Request, Tool
+
+__all__ = ["PromptEncoder", "template_messages", "template_tools"]
+
+
+class PromptEncoder:
+    """Encodes prompts for one tokenizer. ``close`` ends its threads.
+
+    ``template_kwargs`` go to the chat template of every request; ``extra["chat_template_kwargs"]`` of a request wins.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, template_kwargs: Mapping[str, Any] | None = None, threads: int = 2, name: str = "model"
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._template_kwargs = dict(template_kwargs or {})
+        self._copying = threading.Lock()
+        self._local = threading.local()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"asyncmodels-prompt-{name}")
+
+    async def encode(self, request: Request) -> tuple[int, ...]:
+        """The token ids of the prompt. Raises InvalidRequestError where the chat template cannot take the messages."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self.encode_now, request)
+
+    def encode_now(self, request: Request) -> tuple[int, ...]:
+        """The same on the calling thread."""
+        tokenizer = self._own_tokenizer()
+        kwargs = {**self._template_kwargs, **request.extra.get("chat_template_kwargs", {})}
+        if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
+            if len(request.messages) != 1 or request.tools:
+                raise InvalidRequestError(
+                    "This model has no chat template: it takes one message, whose text is the prompt, and no tools."
+                )
+            return _tokenize(tokenizer, request.messages[0].text, special=True)
+        return _tokenize(tokenizer, _render(tokenizer, request, kwargs), special=False)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _own_tokenizer(self) -> Any:
+        tokenizer = getattr(self._local, "tokenizer", None)
+        if tokenizer is None:
+            with self._copying:
+                tokenizer = self._local.tokenizer = copy.deepcopy(self._tokenizer)
+        return tokenizer
+
+
+def _tokenize(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
+    ids = tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    if not ids:
+        raise InvalidRequestError("The prompt is empty: it has no tokens.")
+    return ids
+
+
+def _render(tokenizer: Any, request: Request, kwargs: Mapping[str, Any]) -> str:
+    messages = template_messages(request.messages)
+    tools = template_tools(request.tools) or None
+    settings = {"add_generation_prompt": True, **kwargs}
+    refusal: Exception | None = None
+    for attempt in (messages, _merged(messages), _without_system(_merged(messages))):
+        try:
+            text: str = tokenizer.apply_chat_template(attempt, tools=tools, tokenize=False, **settings)
+        except Exception as error:  # templates are programs of the model's authors: they may raise anything
+            refusal = refusal or error
+        else:
+            return text
+    raise InvalidRequestError(f"The model's chat template refuses these messages: {refusal}") from refusal
+
+
+# -- the shapes that chat templates read ------------------------------------------------------------------------------
+
+
+def template_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: arguments of tool calls as objects, and "developer" as "system"."""
+    return [_template_message(message) for message in messages]
+
+
+def _template_message(message: Message) -> dict[str, Any]:
+    shaped: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": message.text,
+    }
+    if message.tool_calls:
+        shaped["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        shaped["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        shaped["name"] = message.name
+    if message.reasoning is not None:
+        shaped["reasoning_content"] = message.reasoning
+    return shaped
+
+
+def _arguments(text: str) -> Any:
+    # Templates turn an object into the model's own notation; what the model wrote wrongly stays as it wrote it.
+    try:
+        return json.loads(text or "{}")
+    except ValueError:
+        return text
+
+
+def template_tools(tools: tuple[Tool, ...]) -> list[dict[str, Any]]:
+    """Tools as chat templates expect them."""
+    return [
+        {
+            "type": "function",
+            "function": {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)},
+        }
+        for tool in tools
+    ]
+
+
+def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        last = merged[-1] if merged else None
+        if last is not None and last["role"] == message["role"] != "tool" and "tool_calls" not in last | message:
+            merged[-1] = {**last, "content": f"{last['content']}\n{message['content']}"}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    system = "\n".join(message["content"] for message in messages if message["role"] == "system")
+    rest = [message for message in messages if message["role"] != "system"]
+    if not system or not rest or rest[0]["role"] != "user":
+        return messages
+    return _merged([{"role": "user", "content": system}, *rest])

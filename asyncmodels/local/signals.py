@@ -1,0 +1,120 @@
+"""What crosses from the owner thread to event loops: one-shot results, and calls in bundles."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+__all__ = ["OneShot", "Outbox", "fresh", "post_now"]
+
+Value = TypeVar("Value")
+
+
+def fresh(error: Exception) -> Exception:
+    """A copy of ``error`` for one more waiter: an exception that is raised twice collects both tracebacks."""
+    try:
+        twin = copy.copy(error)
+    except Exception:  # a foreign exception need not be copyable
+        return error
+    twin.__cause__ = error.__cause__ if error.__cause__ is not None else error
+    return twin
+
+
+class OneShot(Generic[Value]):
+    """A result that comes once, and that tasks of several event loops can wait for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._done = False
+        self._value: Value | None = None
+        self._error: Exception | None = None
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    @property
+    def done(self) -> bool:
+        return self._done
+
+    @property
+    def value(self) -> Value | None:
+        """The result, None as long as there is none."""
+        return self._value
+
+    def set(self, value: Value) -> None:
+        self._finish(value, None)
+
+    def fail(self, error: Exception) -> None:
+        """Everybody who waits, now or later, gets a copy of ``error``."""
+        self._finish(None, error)
+
+    async def wait(self) -> Value:
+        waiter = self._join()
+        if waiter is not None:
+            try:
+                await waiter[1]
+            finally:
+                with self._lock:
+                    if waiter in self._waiters:
+                        self._waiters.remove(waiter)
+        if self._error is not None:
+            raise fresh(self._error)
+        return self._value  # type: ignore[return-value]  # set() took a Value
+
+    def _join(self) -> tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None:
+        with self._lock:
+            if self._done:
+                return None
+            loop = asyncio.get_running_loop()
+            waiter = (loop, loop.create_future())
+            self._waiters.append(waiter)
+            return waiter
+
+    def _finish(self, value: Value | None, error: Exception | None) -> None:
+        with self._lock:
+            if self._done:
+                return
+            self._value, self._error, self._done = value, error, True
+            waiters, self._waiters = self._waiters, []
+        for loop, future in waiters:
+            post_now(loop, _wake, future)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def post_now(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> bool:
+    """Has ``loop`` make a call soon; False when the loop is closed."""
+    try:
+        loop.call_soon_threadsafe(call, *args)
+    except RuntimeError:
+        return False
+    return True
+
+
+class Outbox:
+    """Calls for event loops, collected during a step: ``flush`` wakes each loop once, however many there are."""
+
+    def __init__(self) -> None:
+        self._calls: dict[asyncio.AbstractEventLoop, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
+
+    def post(self, loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> bool:
+        """Adds a call for ``loop``; False when the loop is closed."""
+        if loop.is_closed():
+            return False
+        self._calls.setdefault(loop, []).append((call, args))
+        return True
+
+    def flush(self) -> None:
+        if self._calls:
+            calls, self._calls = self._calls, {}
+            for loop, bundle in calls.items():
+                post_now(loop, _call_all, bundle)
+
+
+def _call_all(bundle: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> None:
+    for call, args in bundle:
+        call(*args)

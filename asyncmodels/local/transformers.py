@@ -1,0 +1,203 @@
+"""Transformers models in this process: ``TransformersModel("HuggingFaceTB/SmolLM2-135M-Instruct")``.
+
+torch and transformers are imported by the engine's owner thread when the model is loaded, not here: making a model is
+instant, and an event loop never waits for an import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.errors import ConfigurationError, MissingExtraError
+from asyncmodels.local.engine import Engine, EngineStatistics
+from asyncmodels.model import Model
+from asyncmodels.types import Delta, Request, Response, ResponseBuilder
+
+if TYPE_CHECKING:
+    from asyncmodels.local.runner import Runner
+
+__all__ = ["TransformersBackend", "TransformersModel"]
+
+
+class TransformersBackend(Backend):
+    """A Transformers model on an engine of its own. The parameters are those of ``TransformersModel``."""
+
+    capabilities = Capabilities(
+        sampling=ALL_SAMPLING, tool_choice=frozenset({"auto", "none"}), logprobs=True, extra=True
+    )
+
+    def __init__(
+        self,
+        model_id: str,
+        *,
+        device_map: Any = None,
+        torch_dtype: Any = None,
+        trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = 4096,
+        apply_chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+        max_queued: int = 1024,
+        max_queued_tokens: int | None = None,
+        when_full: Literal["wait", "raise"] = "wait",
+        prefill_tokens: int | None = None,
+        share_weights: bool = False,
+        max_restarts: int = 3,
+    ) -> None:
+        if not isinstance(model_id, str) or not model_id.strip():
+            raise ConfigurationError("model_id must be a model folder or the name of a repository.")
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise MissingExtraError(
+                    f'Local models need {package}, which is not installed: pip install "asyncmodels[transformers]"'
+                )
+        self.model_id = model_id
+        factory = _factory(
+            {
+                "model_id": model_id,
+                "device_map": device_map,
+                "torch_dtype": torch_dtype,
+                "trust_remote_code": trust_remote_code,
+                "model_kwargs": dict(model_kwargs or {}),
+            },
+            {"share_weights": share_weights, "prefill_tokens": prefill_tokens},
+        )
+        self.engine = Engine(
+            factory,
+            model_id=model_id,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            max_queued=max_queued,
+            max_queued_tokens=max_queued_tokens,
+            when_full=when_full,
+            max_new_tokens=max_new_tokens,
+            max_restarts=max_restarts,
+            template_kwargs=apply_chat_template_kwargs,
+        )
+        # Nobody needs the engine of a backend that is gone: it frees its memory and its thread.
+        weakref.finalize(self, self.engine.abandon).atexit = False
+
+    async def load(self) -> None:
+        """Loads the model now instead of at the first request. Raises ModelLoadError; the next call tries again."""
+        await self.engine.start()
+
+    async def generate(self, request: Request, /) -> Response:
+        self.capabilities.check(request)
+        handle = await self.engine.submit(request, streaming=False)
+        builder = ResponseBuilder()
+        try:
+            async for delta in handle:
+                builder.add(delta)
+        finally:
+            handle.cancel()
+        return builder.response()
+
+    @asynccontextmanager
+    async def stream(self, request: Request, /) -> AsyncIterator[AsyncIterator[Delta]]:
+        self.capabilities.check(request, streaming=True)
+        handle = await self.engine.submit(request, streaming=True)
+        try:
+            await handle.begun()
+            yield handle
+        finally:
+            handle.cancel()
+
+    def statistics(self) -> EngineStatistics:
+        return self.engine.statistics()
+
+    async def aclose(self) -> None:
+        await self.engine.aclose()
+
+
+def _factory(weights: dict[str, Any], settings: dict[str, Any]) -> Callable[[], Runner]:
+    def make() -> Runner:
+        from asyncmodels.local.transformers_runner import TransformersRunner
+        from asyncmodels.local.weights import WeightsSpec
+
+        return TransformersRunner(WeightsSpec(**weights), **settings)
+
+    return make
+
+
+class TransformersModel(Model):
+    """A Transformers model in this process, shared by everybody who awaits it::
+
+        async with TransformersModel("HuggingFaceTB/SmolLM2-135M-Instruct") as model:
+            responses = await asyncio.gather(*(model.generate(prompt) for prompt in prompts))
+
+    ``model_id`` is a folder or the name of a repository on the Hugging Face Hub. It is loaded at first use, by
+    ``load()`` or by ``async with``, and a ModelLoadError says why it cannot be.
+
+    ``device_map``: None takes the first CUDA device, else MPS, else the CPU; or a device, or what accelerate takes.
+    ``torch_dtype``: None or ``"auto"`` takes the checkpoint's precision; on a CPU without bfloat16 instructions, where
+    half precision is slower, float32. ``statistics()`` says which it is. ``model_kwargs`` go to ``from_pretrained``,
+    ``apply_chat_template_kwargs`` to the chat template. ``max_new_tokens`` is for calls without ``max_tokens``. Any
+    field of ``Request`` can be given as a default for every call.
+
+    ``max_batch_size`` requests run at once, and their KV memory stays within ``max_batch_tokens`` tokens (None: what
+    the memory allows). ``max_queued`` more are queued (about ``max_queued_tokens`` tokens of prompts); the rest waits,
+    or with ``when_full="raise"`` gets a QueueFullError. ``prefill_tokens`` bounds the prefill between two tokens of
+    those who decode. With ``share_weights`` all models of this process that are loaded the same way, and say so too,
+    use the same weights. After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
+
+    A ``max_tokens`` that does not fit into the context is clipped to what does, which shows as finish_reason
+    ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``ignore_eos`` and
+    ``chat_template_kwargs``. ``usage`` counts every generated token, an end-of-text token and those that a stop
+    sequence cuts off included, and ``logprobs`` has an entry for each of them.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        device_map: Any = None,
+        torch_dtype: Any = None,
+        trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = 4096,
+        apply_chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        max_batch_size: int = 32,
+        max_batch_tokens: int | None = None,
+        max_queued: int = 1024,
+        max_queued_tokens: int | None = None,
+        when_full: Literal["wait", "raise"] = "wait",
+        prefill_tokens: int | None = None,
+        share_weights: bool = False,
+        max_restarts: int = 3,
+        policies: tuple[Callable[[Backend], Backend], ...] = (),
+        **defaults: Any,
+    ) -> None:
+        self._local = TransformersBackend(
+            model_id,
+            device_map=device_map,
+            torch_dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
+            model_kwargs=model_kwargs,
+            max_new_tokens=max_new_tokens,
+            apply_chat_template_kwargs=apply_chat_template_kwargs,
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max_batch_tokens,
+            max_queued=max_queued,
+            max_queued_tokens=max_queued_tokens,
+            when_full=when_full,
+            prefill_tokens=prefill_tokens,
+            share_weights=share_weights,
+            max_restarts=max_restarts,
+        )
+        super().__init__(self._local, *policies, defaults=defaults, model_id=model_id)
+
+    async def load(self) -> None:
+        """Loads the model now instead of at the first call. Raises ModelLoadError; the next call tries again."""
+        self._check_open()
+        await self._local.load()
+
+    async def __aenter__(self) -> Self:
+        await super().__aenter__()
+        await self.load()
+        return self

@@ -1,0 +1,283 @@
+"""The Transformers runner: continuous batching over ``model.forward``.
+
+A step is one decode for the rows of the batch and a bounded piece of prefill for those who join. Short prompts are
+prefilled together, left-padded; a long one alone, a chunk at a time, so that it cannot stall those who decode.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from asyncmodels.errors import UnsupportedError
+from asyncmodels.local.detokenizer import make_detokenizer
+from asyncmodels.local.kv import BatchCache, layer_windows
+from asyncmodels.local.prefill import plan_prefill
+from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo, Sampled
+from asyncmodels.local.sampling import Sampler
+from asyncmodels.local.sequence import SamplingDefaults, Sequence
+from asyncmodels.local.weights import Weights, WeightsSpec, load_weights, shared_weights
+
+__all__ = ["TransformersRunner"]
+
+_PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
+_MEMORY_SHARE = 0.6
+"""How much of the free memory the KV memory may take; growing needs room for a copy of a layer on top."""
+
+
+@dataclass(slots=True, eq=False)
+class _Prefill:
+    """A sequence whose prompt is not all in the cache yet."""
+
+    sequence: Sequence
+    done: int = 0
+    cache: BatchCache | None = None
+
+    @property
+    def rest(self) -> int:
+        return len(self.sequence.prompt) - self.done
+
+
+class TransformersRunner(Runner):
+    """Runs one Transformers model. ``prefill_tokens`` bounds the prefill of one step; None chooses by the device."""
+
+    def __init__(self, spec: WeightsSpec, *, share_weights: bool = False, prefill_tokens: int | None = None) -> None:
+        self._spec = spec
+        self._share = share_weights
+        self._prefill_tokens = prefill_tokens
+        self._weights: Weights | None = None
+        self._windows: list[int | None] = []
+        self._accepts: frozenset[str] = frozenset()
+        self._device = torch.device("cpu")
+        self._sampler = Sampler()
+        self._pending: list[_Prefill] = []
+        self._rows: list[Sequence] = []
+        self._cache: BatchCache | None = None
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def load(self) -> RunnerInfo:
+        self._weights = weights = shared_weights(self._spec) if self._share else load_weights(self._spec)
+        model, tokenizer = weights.model, weights.tokenizer
+        self._windows = layer_windows(model.config)
+        self._accepts = frozenset(inspect.signature(model.forward).parameters)
+        self._device = model.get_input_embeddings().weight.device
+        if self._prefill_tokens is None:
+            self._prefill_tokens = _PREFILL_TOKENS.get(self._device.type, 512)
+        with torch.inference_mode(), weights.lock:
+            bytes_per_token = self._try_out()
+        return RunnerInfo(
+            tokenizer=tokenizer,
+            detokenizer=make_detokenizer(tokenizer),
+            context_length=_context_length(model, tokenizer),
+            eos_token_ids=_eos_token_ids(model, tokenizer),
+            sampling=_sampling_defaults(model.generation_config),
+            max_tokens=max(1, int(_free_memory(self._device) * _MEMORY_SHARE / bytes_per_token)),
+            padded=True,
+            device=str(self._device),
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
+
+    def reset(self) -> None:
+        self._pending.clear()
+        self._rows.clear()
+        self._cache = None
+        self._sampler.clear()
+
+    def close(self) -> None:
+        self.reset()
+        self._weights = None
+
+    def _try_out(self) -> int:
+        """Sends one token through the model, and returns how many bytes of KV memory it took."""
+        cache = BatchCache(self._windows)
+        self._forward(torch.zeros((1, 1), dtype=torch.long, device=self._device), cache)
+        size = 0
+        for layer in cache.layers:
+            if not layer.is_initialized:
+                raise UnsupportedError(
+                    f"Models of type {self._model.config.model_type!r} do not give every layer its own keys and values "
+                    "and cannot be batched here."
+                )
+            for states in (layer.keys, layer.values):
+                size += states.shape[1] * states.shape[3] * states.element_size()
+        return size
+
+    @property
+    def _model(self) -> Any:
+        assert self._weights is not None  # noqa: S101  # load() comes first
+        return self._weights.model
+
+    # -- the batch ----------------------------------------------------------------------------------------------------
+
+    def insert(self, sequences: Iterable[Sequence], /) -> None:
+        self._pending.extend(map(_Prefill, sequences))
+
+    def remove(self, sequences: Iterable[Sequence], /) -> None:
+        leaving = set(sequences)
+        for sequence in leaving:
+            self._sampler.forget(sequence)
+        self._pending = [item for item in self._pending if item.sequence not in leaving]
+        staying = [row for row, sequence in enumerate(self._rows) if sequence not in leaving]
+        if len(staying) == len(self._rows):
+            return
+        if not staying or self._cache is None:
+            self._rows, self._cache = [], None
+            return
+        width = max(_cached(self._rows[row]) for row in staying)
+        with torch.inference_mode():
+            order = self._cache.keep(staying, width)
+        self._rows = [self._rows[row] for row in order]
+
+    def step(self) -> list[Output]:
+        assert self._weights is not None  # noqa: S101  # load() comes first
+        with torch.inference_mode(), self._weights.lock:
+            outputs: list[Output] = [*self._decode()] if self._rows else []
+            if self._pending:
+                outputs += self._prefill()
+        return outputs
+
+    def _decode(self) -> list[Sampled]:
+        assert self._cache is not None  # noqa: S101  # there are rows
+        rows = self._rows
+        width = self._cache.width
+        lengths = [_cached(row) for row in rows]
+        tokens, positions = torch.tensor([[row.output[-1] for row in rows], lengths], device=self._device)
+        pads = [width - length for length in lengths]
+        logits = self._forward(tokens[:, None], self._cache, positions[:, None], self._mask(pads, width + 1))
+        return self._sampler.sample(logits, rows)
+
+    # -- prefill ------------------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> list[Output]:
+        assert self._prefill_tokens is not None  # noqa: S101  # load() sets it
+        plan = plan_prefill([(item.done, item.rest) for item in self._pending], self._prefill_tokens)
+        together = [self._pending[index] for index in plan.together]
+        alone = None if plan.alone is None else self._pending[plan.alone]
+        outputs: list[Output] = []
+        if together:
+            outputs += self._prefill_together(together)
+        if alone is not None:
+            outputs += self._prefill_chunk(alone, plan.chunk)
+        over = {output.sequence for output in outputs}
+        self._pending = [item for item in self._pending if item.sequence not in over]
+        return outputs
+
+    def _prefill_together(self, items: list[_Prefill]) -> list[Output]:
+        """Whole prompts. When they fail together, each is tried alone, so that only the one at fault fails."""
+        prompts = [item.sequence.prompt for item in items]
+        width = max(map(len, prompts))
+        pads = [width - len(prompt) for prompt in prompts]
+        try:
+            ids = torch.tensor([(0,) * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
+            positions = (torch.arange(width)[None] - torch.tensor(pads)[:, None]).clamp(min=0)
+            cache = BatchCache(self._windows)
+            logits = self._forward(ids.to(self._device), cache, positions.to(self._device), self._mask(pads, width))
+            outputs = self._sampler.sample(logits, [item.sequence for item in items])
+        except Exception as error:
+            if len(items) == 1:
+                return [Failed(items[0].sequence, error)]
+            return [output for item in items for output in self._prefill_together([item])]
+        self._join([item.sequence for item in items], cache)
+        return [*outputs]
+
+    def _prefill_chunk(self, item: _Prefill, count: int) -> list[Output]:
+        start, end = item.done, item.done + count
+        try:
+            if item.cache is None:
+                item.cache = BatchCache(self._windows)
+            ids = torch.tensor([item.sequence.prompt[start:end]], device=self._device)
+            positions = torch.arange(start, end, device=self._device)[None]
+            logits = self._forward(ids, item.cache, positions)
+            item.done = end
+            if item.rest:
+                return []
+            outputs = self._sampler.sample(logits, [item.sequence])
+        except Exception as error:
+            return [Failed(item.sequence, error)]
+        self._join([item.sequence], item.cache)
+        return [*outputs]
+
+    def _join(self, sequences: list[Sequence], cache: BatchCache) -> None:
+        if self._cache is None:
+            self._cache = cache
+        else:
+            self._cache.join(cache)
+        self._rows += sequences
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def _forward(
+        self,
+        ids: torch.Tensor,
+        cache: BatchCache,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The logits of the last column, [rows, vocabulary]."""
+        kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if mask is not None:
+            kwargs["attention_mask"] = mask
+        if positions is not None and "position_ids" in self._accepts:
+            kwargs["position_ids"] = positions
+        if "logits_to_keep" in self._accepts:
+            kwargs["logits_to_keep"] = 1
+        logits: torch.Tensor = self._model(ids, **kwargs).logits
+        return logits[:, -1]
+
+    def _mask(self, pads: list[int], columns: int) -> torch.Tensor | None:
+        """Which columns are a row's own; None when all are, because attention is faster without a mask."""
+        if not any(pads):
+            return None
+        own = torch.arange(columns)[None] >= torch.tensor(pads)[:, None]
+        return own.long().to(self._device)
+
+
+def _cached(sequence: Sequence) -> int:
+    """How many tokens of a decoding sequence are in the cache: all but the last one, which no forward has seen."""
+    return sequence.length - 1
+
+
+def _context_length(model: Any, tokenizer: Any) -> int:
+    config = model.config.get_text_config(decoder=True)
+    length = getattr(config, "max_position_embeddings", None) or getattr(tokenizer, "model_max_length", None)
+    return int(min(length, 2**31)) if length else 2**31
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def _sampling_defaults(config: Any) -> SamplingDefaults:
+    if not getattr(config, "do_sample", False):
+        return SamplingDefaults()
+    temperature = getattr(config, "temperature", None)
+    return SamplingDefaults(
+        sample=True,
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=getattr(config, "top_k", None) or None,
+        top_p=getattr(config, "top_p", None),
+        min_p=getattr(config, "min_p", None),
+    )
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that may be used on ``device``: what is free, or half of everything where nobody can say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return 4 * 2**30

@@ -1,0 +1,372 @@
+"""The owner thread: the one thread that loads a model and touches it.
+
+It goes round: read the inbox, start whoever may start, let the runner go one step, hand out what came. Results are
+collected during a round and every event loop is woken at most once for it. With nothing to do it sleeps on its inbox.
+"""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from asyncmodels.clock import Clock
+from asyncmodels.errors import AsyncModelsError, ClosedError, EngineDeadError, EngineError, ModelLoadError
+from asyncmodels.local.job import Job
+from asyncmodels.local.prompt import PromptEncoder
+from asyncmodels.local.runner import Failed, Runner, RunnerFactory, RunnerInfo, Sampled
+from asyncmodels.local.scheduler import Scheduler
+from asyncmodels.local.sequence import Sequence
+from asyncmodels.local.signals import OneShot, Outbox
+from asyncmodels.types import Delta, FinishReason, Timing, Usage
+
+__all__ = ["Ready", "Tally", "Worker", "WorkerSettings"]
+
+_EXIT_PATIENCE = 5.0
+"""Seconds that the interpreter's exit waits for a step to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is told. ``max_tokens`` bounds the batch's KV memory; None leaves it to the runner."""
+
+    name: str
+    model_id: str
+    max_rows: int
+    max_tokens: int | None
+    max_restarts: int
+    template_kwargs: Mapping[str, Any]
+    clock: Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A worker that has loaded its model."""
+
+    info: RunnerInfo
+    encoder: PromptEncoder
+    scheduler: Scheduler
+
+    @property
+    def limit(self) -> int:
+        """How many tokens one sequence may have, prompt included."""
+        return min(self.info.context_length, self.scheduler.max_tokens or self.info.context_length)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an engine has done so far, over all of its workers. Only owner threads write to it."""
+
+    steps: int = 0
+    row_steps: int = 0
+    tokens: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+    restarts: int = 0
+    restarts_in_a_row: int = 0
+
+
+class _Close:
+    """The command to end."""
+
+
+class _Cancel:
+    """The command to forget a sequence."""
+
+    __slots__ = ("sequence",)
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+
+
+class Worker:
+    """One life of an engine's owner thread, from loading to the end; a dead worker is replaced by a new one.
+
+    ``ready`` comes when the model is loaded, or fails with a ModelLoadError. ``ended`` comes with the reason, None
+    after a close.
+    """
+
+    def __init__(self, factory: RunnerFactory, settings: WorkerSettings, tally: Tally) -> None:
+        self.ready: OneShot[Ready] = OneShot()
+        self.ended: OneShot[BaseException | None] = OneShot()
+        self.settings = settings
+        self.tally = tally
+        self._factory = factory
+        self._inbox: queue.SimpleQueue[Job | _Cancel | _Close] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._listening = True
+        self._closing = False
+        self._jobs: dict[Sequence, Job] = {}
+        self._loops: Counter[Any] = Counter()
+        self._outbox = Outbox()
+        self._thread = threading.Thread(target=self._run, name=f"asyncmodels-{settings.name}", daemon=True)
+
+    # -- from any thread ----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        atexit.register(self._at_exit)
+        self._thread.start()
+
+    def send(self, job: Job) -> bool:
+        """Hands over a job; False when the thread does not listen any more."""
+        return self._put(job)
+
+    def cancel(self, sequence: Sequence) -> None:
+        self._put(_Cancel(sequence))
+
+    def close(self) -> None:
+        """Has the thread end after its present step: every request that it has fails with a ClosedError."""
+        self._closing = True
+        if not self.ready.done:
+            self.ready.fail(_closed())
+        self._put(_Close())
+
+    def join(self) -> None:
+        """Waits for the end of the thread, which is at hand once ``ended`` has come."""
+        self._thread.join()
+
+    def _put(self, command: Job | _Cancel | _Close) -> bool:
+        with self._lock:
+            if self._listening:
+                self._inbox.put(command)
+            return self._listening
+
+    def _at_exit(self) -> None:
+        # A daemon thread that is inside of native code while the interpreter goes down can take the process with it.
+        self.close()
+        self._thread.join(_EXIT_PATIENCE)
+
+    # -- on the owner thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reason: BaseException | None = None
+        runner: Runner | None = None
+        ready: Ready | None = None
+        try:
+            runner = self._factory()
+            ready = self._load(runner)
+            self._serve(runner, ready)
+        except BaseException as error:  # even a SystemExit: those who wait must hear of it
+            reason = error
+        finally:
+            self._end(reason, runner, ready)
+
+    def _load(self, runner: Runner) -> Ready:
+        info = runner.load()
+        settings = self.settings
+        scheduler = Scheduler(
+            max_rows=settings.max_rows, max_tokens=settings.max_tokens or info.max_tokens, padded=info.padded
+        )
+        encoder = PromptEncoder(info.tokenizer, template_kwargs=settings.template_kwargs, name=settings.name)
+        ready = Ready(info, encoder, scheduler)
+        self.ready.set(ready)
+        return ready
+
+    def _serve(self, runner: Runner, ready: Ready) -> None:
+        scheduler = ready.scheduler
+        while True:
+            self._outbox.flush()
+            leaving = self._read_inbox(scheduler)
+            if self._closing:
+                return
+            leaving += self._sweep_closed_loops(scheduler)
+            if leaving:
+                runner.remove(leaving)
+            started = scheduler.start(self.settings.clock.time())
+            if started:
+                self._start(started, runner, ready)
+            if not scheduler.running:
+                continue
+            try:
+                outputs = runner.step()
+            except Exception as error:
+                self._survive(error, runner, scheduler)
+                continue
+            self._tally_step(scheduler)
+            done = self._take(outputs, ready)
+            if done:
+                runner.remove(done)
+
+    def _read_inbox(self, scheduler: Scheduler) -> list[Sequence]:
+        """Works off the inbox, waiting for it when there is nothing else to do. Returns rows that were cancelled."""
+        leaving: list[Sequence] = []
+        block = not scheduler.running and not scheduler.queued
+        while True:
+            try:
+                command = self._inbox.get(block)
+            except queue.Empty:
+                return leaving
+            block = False
+            if isinstance(command, Job):
+                self._jobs[command.sequence] = command
+                self._loops[command.handle.loop] += 1
+                scheduler.add(command.sequence)
+            elif isinstance(command, _Cancel) and command.sequence in self._jobs:
+                self.tally.cancelled += 1
+                leaving += self._drop(command.sequence, scheduler)
+
+    def _sweep_closed_loops(self, scheduler: Scheduler) -> list[Sequence]:
+        leaving: list[Sequence] = []
+        for loop in [loop for loop in self._loops if loop.is_closed()]:
+            for sequence in [sequence for sequence, job in self._jobs.items() if job.handle.loop is loop]:
+                self.tally.cancelled += 1
+                leaving += self._drop(sequence, scheduler)
+        return leaving
+
+    def _start(self, started: list[Sequence], runner: Runner, ready: Ready) -> None:
+        for sequence in started:
+            job = self._jobs[sequence]
+            job.ticket.release(self._outbox.post)
+            job.detokenizer = ready.info.detokenizer()
+        runner.insert(started)
+
+    def _tally_step(self, scheduler: Scheduler) -> None:
+        self.tally.steps += 1
+        self.tally.row_steps += scheduler.running
+
+    # -- results ------------------------------------------------------------------------------------------------------
+
+    def _take(self, outputs: list[Sampled | Failed], ready: Ready) -> list[Sequence]:
+        """Hands out what a step brought. Returns the sequences that are done."""
+        now = self.settings.clock.time()
+        done: list[Sequence] = []
+        for output in outputs:
+            job = self._jobs.get(output.sequence)
+            if job is None:
+                continue
+            try:
+                ended = self._take_one(output, job, ready, now)
+            except Exception as error:  # whatever breaks while one request is looked at breaks that request alone
+                self._fail(job, _row_error(error), ready.scheduler)
+                ended = True
+            if ended:
+                done.append(output.sequence)
+        return done
+
+    def _take_one(self, output: Sampled | Failed, job: Job, ready: Ready, now: float) -> bool:
+        if isinstance(output, Failed):
+            self._fail(job, _row_error(output.error), ready.scheduler)
+            return True
+        ready.scheduler.token(output.sequence, output.token, now)
+        self.tally.tokens += 1
+        reason = job.take(output, ready.info.eos_token_ids, lambda token: ready.info.tokenizer.decode([token]))
+        if reason is None:
+            if job.streaming:
+                text, logprobs = job.drain()
+                if text or logprobs:
+                    self._outbox.post(
+                        job.handle.loop, job.handle.deliver, Delta(content=text, logprobs=logprobs), False
+                    )
+            return False
+        self._finish(job, reason, ready.scheduler, now)
+        return True
+
+    def _finish(self, job: Job, reason: FinishReason, scheduler: Scheduler, now: float) -> None:
+        sequence = job.sequence
+        text, logprobs = job.drain()
+        started = now if sequence.started_at is None else sequence.started_at
+        first = now if sequence.first_token_at is None else sequence.first_token_at
+        delta = Delta(
+            content=text,
+            logprobs=logprobs,
+            finish_reason=reason,
+            usage=Usage(len(sequence.prompt), len(sequence.output)),
+            model=self.settings.model_id,
+            id=sequence.id,
+            timing=Timing(
+                queued=started - sequence.queued_at, first_token=first - sequence.queued_at, service=now - started
+            ),
+        )
+        self.tally.finished += 1
+        self.tally.restarts_in_a_row = 0
+        self._drop(sequence, scheduler)
+        self._outbox.post(job.handle.loop, job.handle.deliver, delta, True)
+
+    def _fail(self, job: Job, error: Exception, scheduler: Scheduler | None) -> None:
+        self.tally.failed += 1
+        self._drop(job.sequence, scheduler)
+        self._outbox.post(job.handle.loop, job.handle.fail, error)
+
+    def _drop(self, sequence: Sequence, scheduler: Scheduler | None) -> list[Sequence]:
+        """Forgets a sequence. Returns it in a list when the runner has it and must forget it, too."""
+        job = self._jobs.pop(sequence)
+        job.ticket.release(self._outbox.post)
+        self._loops[job.handle.loop] -= 1
+        if not self._loops[job.handle.loop]:
+            del self._loops[job.handle.loop]
+        was_running = sequence.started_at is not None
+        if scheduler is not None:
+            scheduler.remove(sequence)
+        return [sequence] if was_running else []
+
+    # -- disasters ----------------------------------------------------------------------------------------------------
+
+    def _survive(self, cause: Exception, runner: Runner, scheduler: Scheduler) -> None:
+        """Fails everybody after a step has raised, and makes the runner usable again; raises when that is over."""
+        self._fail_all(lambda: _dead(cause), scheduler)
+        self._outbox.flush()
+        if self.tally.restarts_in_a_row >= self.settings.max_restarts:
+            raise cause
+        self.tally.restarts += 1
+        self.tally.restarts_in_a_row += 1
+        runner.reset()
+
+    def _fail_all(self, make: Callable[[], Exception], scheduler: Scheduler | None) -> None:
+        for job in list(self._jobs.values()):
+            self._fail(job, make(), scheduler)
+
+    def _end(self, reason: BaseException | None, runner: Runner | None, ready: Ready | None) -> None:
+        with self._lock:
+            self._listening = False
+        while not self._inbox.empty():
+            command = self._inbox.get()
+            if isinstance(command, Job):
+                self._jobs[command.sequence] = command
+                self._loops[command.handle.loop] += 1
+        scheduler = ready.scheduler if ready is not None else None
+        self._fail_all(lambda: _closed() if reason is None else _dead(reason), scheduler)
+        self._outbox.flush()
+        if ready is not None:
+            ready.encoder.close()
+        if runner is not None:
+            try:
+                runner.close()
+            except Exception as error:
+                reason = reason or error
+        atexit.unregister(self._at_exit)
+        if not self.ready.done:
+            self.ready.fail(_load_error(self.settings.model_id, reason))
+        self.ended.set(reason)
+
+
+def _closed() -> ClosedError:
+    return ClosedError("The engine was closed.")
+
+
+def _dead(cause: BaseException) -> EngineDeadError:
+    error = EngineDeadError(f"The engine died while the request was with it ({type(cause).__name__}: {cause}).")
+    error.__cause__ = cause
+    return error
+
+
+def _row_error(cause: Exception) -> Exception:
+    if isinstance(cause, AsyncModelsError):
+        return cause
+    error = EngineError(f"The request broke inside the engine ({type(cause).__name__}: {cause}).")
+    error.__cause__ = cause
+    return error
+
+
+def _load_error(model_id: str, cause: BaseException | None) -> Exception:
+    if cause is None:
+        return _closed()
+    if isinstance(cause, AsyncModelsError):
+        return cause
+    error = ModelLoadError(f"The model {model_id!r} could not be loaded ({type(cause).__name__}: {cause}).")
+    error.__cause__ = cause
+    return error
