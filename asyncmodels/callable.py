@@ -171,21 +171,21 @@ def _part(part: Any) -> dict[str, Any]:
 
 def _response(answer: Any, stops: tuple[str, ...]) -> Response:
     if isinstance(answer, Response):
-        content = cut(answer.content, stops)[0] if answer.content is not None else None
-        return answer if content == answer.content else replace(answer, content=content)
-    content = answer if isinstance(answer, str) else getattr(answer, "content", _MISSING)
+        kept = cut(answer.content, stops)[0] if answer.content is not None else None
+        return answer if kept == answer.content else replace(answer, content=kept)
+    content: Any = answer if isinstance(answer, str) else getattr(answer, "content", _MISSING)
     calls = tuple(_tool_call(call, index) for index, call in enumerate(getattr(answer, "tool_calls", None) or ()))
     if content is _MISSING or not (isinstance(content, str) or (content is None and calls)):
         raise InvalidResponseError(
             f"The function returned {type(answer).__name__}; it must return a string or an object with .content."
         )
     usage = getattr(answer, "token_usage", None) or getattr(answer, "usage", None)
-    tokens = (getattr(usage, "input_tokens", None), getattr(usage, "output_tokens", None))
+    read, written = getattr(usage, "input_tokens", None), getattr(usage, "output_tokens", None)
     return Response(
         content=None if content is None else cut(content, stops)[0],
         tool_calls=calls,
         finish_reason="tool_calls" if calls else "stop",
-        usage=Usage(*tokens) if isinstance(tokens[0], int) and isinstance(tokens[1], int) else None,
+        usage=Usage(read, written) if isinstance(read, int) and isinstance(written, int) else None,
         raw=None if isinstance(answer, str) else answer,
     )
 
@@ -228,4 +228,4 @@ def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-_MISSING = object()
+_MISSING: Any = object()

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, get_args
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.images import as_image, check_image, image_from_dict, is_picture, load_images, needs_loading
-from asyncmodels.types import ImagePart, Message, Part, Response, Role, TextPart, ToolCall
+from asyncmodels.types import ImagePart, Message, Part, Response, Role, TextPart, ToolCall, make
 
 __all__ = [
     "MessagesLike",
@@ -78,7 +78,7 @@ def _plain_message(item: object) -> Message | None:
             content = item.get("content")
             role = item.get("role")
             if type(content) is str and type(role) is str and role in _PLAIN:
-                return Message(_PLAIN[role], content)
+                return make(Message, role=_PLAIN[role], content=content, extra={})
     elif (
         type(item) is Message
         and type(item.content) is str

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -18,7 +18,7 @@ from asyncmodels.errors import CallTimeoutError, ClosedError, ConfigurationError
 from asyncmodels.formats import parse_response
 from asyncmodels.messages import load_images, needs_loading
 from asyncmodels.request import build_request, normalise
-from asyncmodels.types import Delta, Message, Request, Response, ResponseBuilder
+from asyncmodels.types import Delta, Message, Request, Response, ResponseBuilder, evolve
 
 if TYPE_CHECKING:
     from asyncmodels.sync import SyncModel
@@ -89,13 +89,13 @@ class Model(Backend):
         request = build_request(messages, params, self._defaults)
         if needs_loading(request.messages):
             request = await _loaded(request)
-        self.capabilities.check(request)
+        self._chain.capabilities.check(request)
         started = time.perf_counter()
         self._running += 1
         try:
             response = await self._answer(request)
             total = time.perf_counter() - started
-            response = replace(response, timing=replace(response.timing, total=total))
+            response = evolve(response, timing=evolve(response.timing, total=total))
             if request.response_format is not None:
                 response = parse_response(request, response)
         except BaseException:
@@ -122,7 +122,7 @@ class Model(Backend):
         """
         self._check_open()
         request = build_request(messages, params, self._defaults)
-        self.capabilities.check(request, streaming=True)
+        self._chain.capabilities.check(request, streaming=True)
         return Stream(self, request)
 
     @property
@@ -284,7 +284,7 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
         response = self._builder.response()
         total = time.perf_counter() - self._started
         first = response.timing.first_token if response.timing.first_token is not None else self._first_token
-        return replace(response, timing=replace(response.timing, first_token=first, total=total))
+        return evolve(response, timing=evolve(response.timing, first_token=first, total=total))
 
     async def _close(self, error: BaseException | None) -> None:
         if self._closed:
@@ -331,7 +331,7 @@ def _spawn(loop: asyncio.AbstractEventLoop, close: Coroutine[Any, Any, Any]) -> 
 
 
 async def _loaded(request: Request) -> Request:
-    return replace(request, messages=await asyncio.to_thread(load_images, request.messages))
+    return evolve(request, messages=await asyncio.to_thread(load_images, request.messages))
 
 
 def _require_asyncio() -> None:

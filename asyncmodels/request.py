@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from typing import Any
 
 from asyncmodels.errors import InvalidRequestError
 from asyncmodels.formats import as_grammar, as_response_format
 from asyncmodels.messages import as_messages
 from asyncmodels.tools import as_tool_choice, as_tools
-from asyncmodels.types import Request
+from asyncmodels.types import Request, evolve, make
 
 __all__ = ["PARAMETERS", "build_request", "normalise"]
 
@@ -26,9 +26,9 @@ def build_request(messages: Any, params: Mapping[str, Any], defaults: Mapping[st
     values = normalise(params) if params else {}
     if isinstance(messages, Request):
         unset = {name: value for name, value in defaults.items() if getattr(messages, name) == _UNSET[name]}
-        request = replace(messages, **unset, **values) if unset or values else messages
+        request = evolve(messages, **{**unset, **values}) if unset or values else messages
     else:
-        request = Request(messages=as_messages(messages), **{**defaults, **values})
+        request = make(Request, messages=as_messages(messages), **{**_BARE, **defaults, **values})
     if request.tools or request.tool_choice is not None or request.grammar is not None:
         request = _check_together(request)
     return request
@@ -54,7 +54,7 @@ def _check_together(request: Request) -> Request:
         raise InvalidRequestError(
             f"tool_choice={choice!r} demands a tool call, which no grammar for the content allows."
         )
-    return request if choice == request.tool_choice else replace(request, tool_choice=choice)
+    return request if choice == request.tool_choice else evolve(request, tool_choice=choice)
 
 
 def _unknown(name: str) -> str:
@@ -169,6 +169,8 @@ _UNSET: dict[str, Any] = {
     for field in fields(Request)
     if field.name != "messages"
 }
+
+_BARE: dict[str, Any] = {name: value for name, value in _UNSET.items() if value == {}}  # what make() must be given
 
 PARAMETERS = tuple(sorted(_CHECKS))
 """The names of all parameters of ``generate`` and ``stream``."""

@@ -1,7 +1,7 @@
 """The values that travel: messages in, one Request down the chain, Deltas and one Response back up.
 
-All of them are frozen. Sequences are tuples, so that a Request can be kept, compared and sent twice.
-Units: times are seconds, lengths are tokens.
+All of them are frozen; those made by the thousand have no slots (see ``make``). Sequences are tuples, so that a
+Request can be kept, compared and sent twice. Units: times are seconds, lengths are tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 __all__ = [
     "EBNF",
@@ -34,10 +34,34 @@ __all__ = [
     "ToolCall",
     "ToolCallDelta",
     "Usage",
+    "evolve",
+    "make",
 ]
 
 Role: TypeAlias = Literal["system", "developer", "user", "assistant", "tool"]
 FinishReason: TypeAlias = Literal["stop", "length", "tool_calls", "content_filter", "error"]
+
+
+T = TypeVar("T")
+
+
+def make(cls: type[T], /, **fields: Any) -> T:
+    """``cls(**fields)`` for the hot path, for a frozen dataclass of this module that has no slots.
+
+    A frozen dataclass sets its fields one by one through ``object.__setattr__``: 5 µs for one of thirteen fields, where
+    this takes 0.7. Fields that are left out are read from the class, so those without a plain default must be given.
+    """
+    value = object.__new__(cls)
+    value.__dict__.update(fields)
+    return value
+
+
+def evolve(value: T, /, **changes: Any) -> T:
+    """``dataclasses.replace`` for the hot path, with the terms of ``make``."""
+    twin = object.__new__(type(value))
+    twin.__dict__.update(value.__dict__)
+    twin.__dict__.update(changes)
+    return twin
 
 
 # -- messages ---------------------------------------------------------------------------------------------------------
@@ -89,7 +113,7 @@ class ToolCall:
         return value
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
 
@@ -176,7 +200,7 @@ class JSONSchema:
 Grammar: TypeAlias = Regex | EBNF | Choice | JSONSchema
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One request, as it travels down the chain. None means "unset: the backend's own default".
 
@@ -254,7 +278,7 @@ class TokenLogprob:
     top: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """Seconds: waiting for a slot, until the first token, being served, and all together."""
 
@@ -264,7 +288,7 @@ class Timing:
     total: float | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Response:
     """A whole answer. ``usage`` is None where the provider said nothing; ``raw`` is its own object."""
 
@@ -313,7 +337,7 @@ class ToolCallDelta:
     arguments: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Delta:
     """A piece of an answer. The last one of a stream carries ``finish_reason``, and usage where it is known."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import replace
 
 import httpx2
 import orjson
@@ -16,7 +15,7 @@ from asyncmodels.remote.sse import ServerSentEvent, SSEDecoder
 from asyncmodels.remote.status import error_from_body
 from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
-from asyncmodels.types import Delta, Request, Response, Timing
+from asyncmodels.types import Delta, Request, Response, Timing, evolve
 
 __all__ = ["deltas_of", "one_delta_of", "response_of", "without"]
 
@@ -33,7 +32,7 @@ def response_of(answer: httpx2.Response, request: Request, started: float) -> Re
         # Not every server honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
         if stop is not None:
-            return replace(response, content=text, finish_reason="stop")
+            return evolve(response, content=text, finish_reason="stop")
     return response
 
 
@@ -74,7 +73,7 @@ async def deltas_of(
                         timing = Timing(first_token=first_token, service=time.perf_counter() - started)
                         yield reader.last(content=text, stopped=True, timing=timing)
                         return
-                    delta = replace(delta, content=text)
+                    delta = evolve(delta, content=text)
                 yield delta
             if ended:
                 break

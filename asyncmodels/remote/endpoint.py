@@ -78,8 +78,9 @@ def configure(
     if base.scheme not in ("http", "https") or not base.host:
         raise ConfigurationError(f"api_base must be a URL such as 'http://localhost:8000/v1', not {str(base)!r}.")
     url = base.copy_with(path=base.path.rstrip("/") + "/chat/completions")
-    if client.default_query:
-        url = url.copy_merge_params(dict(client.default_query))
+    query = options.get("default_query")
+    if query:
+        url = url.copy_merge_params(dict(query))
     return Endpoint(url=url, headers=headers, api_key=dynamic, secret=secret)
 
 

@@ -30,6 +30,7 @@ from asyncmodels.types import (
     ToolCall,
     ToolCallDelta,
     Usage,
+    make,
 )
 
 __all__ = ["ChunkReader", "Dialect", "request_body", "response_from"]
@@ -163,7 +164,8 @@ def response_from(data: Any, *, request_id: str | None, service: float | None) -
         calls = tuple(_call(call, index) for index, call in enumerate(message.get("tool_calls") or ()))
         reason = finish_reason(choice.get("finish_reason"))
         logprobs = choice.get("logprobs")
-        return Response(
+        return make(
+            Response,
             content=content,
             tool_calls=calls,
             reasoning=message.get("reasoning_content") or message.get("reasoning") or None,
@@ -173,7 +175,7 @@ def response_from(data: Any, *, request_id: str | None, service: float | None) -
             model=data.get("model"),
             id=data.get("id"),
             logprobs=logprobs_from(logprobs) if logprobs else None,
-            timing=Timing(service=service),
+            timing=make(Timing, service=service),
             raw=data,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -298,7 +300,7 @@ class ChunkReader:
             content = delta.get("content")
             # Nearly every chunk is a piece of text and nothing else; this is the hot path of streaming.
             if self._introduced and content.__class__ is str and not self._is_rare(choice, delta):
-                return Delta(content=content) if content else None
+                return make(Delta, content=content) if content else None
             return self._rare(chunk, choice, delta)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise InvalidResponseError(f"A piece of the stream is JSON but no chunk: {_shape(chunk)}.") from error
