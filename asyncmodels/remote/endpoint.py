@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import httpx2
 import openai
 
+from asyncmodels import __version__
 from asyncmodels.errors import ConfigurationError, MissingKeyError
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
 
@@ -68,7 +69,13 @@ def configure(
             if isinstance(value, str) and not name.lower().startswith(("x-stainless", "user-agent", "authorization"))
         }
     )
-    headers.update({"user-agent": "asyncmodels", "accept": "application/json", "content-type": "application/json"})
+    headers.update(
+        {
+            "user-agent": f"asyncmodels/{__version__}",
+            "accept": "application/json",
+            "content-type": "application/json",
+        }
+    )
     headers.update(options.get("default_headers") or {})
     secret = None
     if dynamic is None and "authorization" not in headers:
