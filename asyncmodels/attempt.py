@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager
 
 from asyncmodels.backend import Policy
 from asyncmodels.deadline import Watchdog, within
@@ -36,24 +36,18 @@ class Attempt(Policy):
         self, request: Request, attempt: float | None, idle: float | None
     ) -> AsyncIterator[AsyncIterator[Delta]]:
         watchdog = Watchdog()
-        if attempt is not None:
-            watchdog.limit_all(attempt, lambda: _attempt_timeout(attempt))
-        inner = self.backend.stream(request)
-        deltas = await watchdog.watch(inner.__aenter__())
-        if idle is not None:
-            watchdog.limit_each_wait(idle, lambda: _idle_timeout(idle))
-        try:
-            yield _until_first(deltas, watchdog)
-        except BaseException as error:
-            await inner.__aexit__(type(error), error, error.__traceback__)
-            raise
-        else:
-            await inner.__aexit__(None, None, None)
-        finally:
-            watchdog.close()
+        async with AsyncExitStack() as stack:
+            stack.callback(watchdog.close)
+            if attempt is not None:
+                watchdog.limit_all(attempt, lambda: _attempt_timeout(attempt))
+            deltas = await watchdog.watch(stack.enter_async_context(self.backend.stream(request)))
+            if idle is not None:
+                watchdog.limit_each_wait(idle, lambda: _idle_timeout(idle))
+            # Closed by name: a generator that is only dropped is closed by a task of the loop's, some time later.
+            yield await stack.enter_async_context(aclosing(_watched(deltas, watchdog)))
 
 
-async def _until_first(deltas: AsyncIterator[Delta], watchdog: Watchdog) -> AsyncIterator[Delta]:
+async def _watched(deltas: AsyncIterator[Delta], watchdog: Watchdog) -> AsyncGenerator[Delta, None]:
     while True:
         try:
             delta = await watchdog.watch(deltas.__anext__())

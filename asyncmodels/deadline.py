@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from asyncmodels.errors import DeadlineError
 
-__all__ = ["Watchdog", "watched", "within"]
+__all__ = ["Watchdog", "within"]
 
 T = TypeVar("T")
 
@@ -31,28 +31,33 @@ class Watchdog:
 
     ``asyncio.timeout`` around each of thousands of waits would set and clear a timer every time. This one sets a
     timer once, and when it rings looks whether a wait has really lasted too long; if not, it sets itself again.
-
-    ``idle`` limits each single wait, ``first`` the waits until ``first_seen`` is called, and ``until`` is a moment on
-    the loop's clock. Each comes with the error that it raises.
+    Each limit comes with the error that it raises. Only waits are ended: a reader who is busy between two of them is
+    told at the next one.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._idle: tuple[float, Callable[[], DeadlineError]] | None = None
-        self._until: tuple[float, Callable[[], DeadlineError]] | None = None
+        self._each: tuple[float, Callable[[], DeadlineError]] | None = None
+        self._all: tuple[float, Callable[[], DeadlineError]] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._since = 0.0
         self._task: asyncio.Task[object] | None = None
-        self._fired: Callable[[], DeadlineError] | None = None
+        self._struck: Callable[[], DeadlineError] | None = None
 
     def limit_each_wait(self, seconds: float, error: Callable[[], DeadlineError]) -> None:
-        self._idle = (seconds, error)
+        """From now on no single wait may last longer than ``seconds``."""
+        self._each = (seconds, error)
+        if self._timer is not None:
+            self._arm()
 
     def limit_all(self, seconds: float, error: Callable[[], DeadlineError]) -> None:
-        self._until = (self._loop.time() + seconds, error)
+        """No wait may last beyond ``seconds`` from now."""
+        self._all = (self._loop.time() + seconds, error)
+        if self._timer is not None:
+            self._arm()
 
     def lift_limit_of_all(self) -> None:
-        self._until = None
+        self._all = None
 
     async def watch(self, awaitable: Awaitable[T]) -> T:
         """Awaits under the limits. Raises the error of the limit that ran out, after the wait was cancelled."""
@@ -65,46 +70,40 @@ class Watchdog:
         try:
             return await awaitable
         except asyncio.CancelledError:
-            if self._fired is not None and task.uncancel() <= cancelling:
-                raise self._fired() from None
+            struck, self._struck = self._struck, None
+            if struck is not None and task.uncancel() <= cancelling:
+                raise struck() from None
             raise
         finally:
             self._task = None
+            if self._struck is not None:  # the wait made something else of the cancel: that stands, the cancel is over
+                self._struck = None
+                task.uncancel()
 
     def close(self) -> None:
+        """Takes the timer back. Closing twice is allowed."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _arm(self) -> None:
-        moments = [limit[0] for limit in (self._until,) if limit is not None]
-        if self._idle is not None:
-            moments.append((self._since if self._task is not None else self._loop.time()) + self._idle[0])
-        self._timer = self._loop.call_at(min(moments), self._ring) if moments else None
+        self.close()
+        moments = [] if self._all is None else [self._all[0]]
+        if self._each is not None:
+            moments.append((self._since if self._task is not None else self._loop.time()) + self._each[0])
+        if moments:
+            self._timer = self._loop.call_at(min(moments), self._ring)
 
     def _ring(self) -> None:
         self._timer = None
         task, now = self._task, self._loop.time()
         if task is None:
             return  # nobody waits; the next wait sets the timer again
-        if self._until is not None and now >= self._until[0]:
-            self._fired = self._until[1]
-        elif self._idle is not None and now >= self._since + self._idle[0]:
-            self._fired = self._idle[1]
+        if self._all is not None and now >= self._all[0]:
+            self._struck = self._all[1]
+        elif self._each is not None and now >= self._since + self._each[0]:
+            self._struck = self._each[1]
         else:
             self._arm()
             return
         task.cancel()
-
-
-async def watched(iterator: AsyncIterator[T], watchdog: Watchdog) -> AsyncIterator[T]:
-    """The items of ``iterator``, each wait for one under ``watchdog``."""
-    try:
-        while True:
-            try:
-                item = await watchdog.watch(iterator.__anext__())
-            except StopAsyncIteration:
-                return
-            yield item
-    finally:
-        watchdog.close()
