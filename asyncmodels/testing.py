@@ -35,6 +35,7 @@ from weakref import WeakKeyDictionary
 from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError, TruncatedResponseError
+from asyncmodels.stopping import cut
 from asyncmodels.types import Delta, FinishReason, Request, Response, ResponseBuilder, ToolCallDelta, Usage
 
 __all__ = ["EVERYTHING", "Delay", "FakeClock", "ScriptExhaustedError", "ScriptItem", "ScriptedBackend"]
@@ -348,10 +349,9 @@ class ScriptedBackend(Backend):
         words = _words(text)
         if request.max_tokens is not None and len(words) > request.max_tokens:
             words, finish = words[: request.max_tokens], "length"
-        text = "".join(words)
-        places = [place for stop in request.stop_sequences if (place := text.find(stop)) >= 0]
-        if places:
-            text, finish = text[: min(places)], "stop"
+        text, stop = cut("".join(words), request.stop_sequences)
+        if stop is not None:
+            finish = "stop"
         prompt = sum(len(message.text.split()) for message in request.messages)
         return Response(
             content=text,
@@ -392,7 +392,7 @@ def _deltas(response: Response) -> list[Piece]:
         model=response.model,
         id=response.id,
         timing=response.timing,
-        attempts=response.attempts,
+        attempts=response.attempts if response.attempts > 1 else None,
     )
     return [*pieces, last]
 

@@ -151,7 +151,10 @@ class Retry(Policy):
             return await self.backend.generate(request)
         except Exception as error:
             failure = error
-        response, attempts = await self._again(failure, lambda: self.backend.generate(request), request, started)
+        try:
+            response, attempts = await self._again(failure, lambda: self.backend.generate(request), request, started)
+        finally:
+            del failure
         return replace(response, attempts=attempts)
 
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
@@ -198,21 +201,27 @@ class Retry(Policy):
             retry=self._retry,
             retry_error_callback=_give_up,
         )
-        async for tried in retrying:
-            number = tried.retry_state.attempt_number
-            with tried:
-                if number == 1:
-                    raise failure
-                self._retries += 1
-                try:
-                    return await attempt(), number
-                except Exception as error:
-                    failure = error
-                    if isinstance(error, AsyncModelsError):
-                        error.attempts = number
-                    raise
-        self._gave_up += 1
-        raise failure
+        try:
+            async for tried in retrying:
+                number = tried.retry_state.attempt_number
+                with tried:
+                    if number == 1:
+                        raise failure
+                    self._retries += 1
+                    try:
+                        return await attempt(), number
+                    except Exception as error:
+                        failure = error
+                        if isinstance(error, AsyncModelsError):
+                            error.attempts = number
+                        raise
+            self._gave_up += 1
+            raise failure
+        finally:
+            # An error knows this frame by its traceback; the frame must not know the error, or both, and the request
+            # with them, stay until the garbage collector comes by.
+            tried.retry_state.outcome = None
+            del failure, attempt
 
     async def _sleep(self, seconds: float) -> None:
         self._waiting += 1
@@ -235,9 +244,11 @@ class _RetriedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             return await self._open()
         except Exception as error:
             failure = error
-        deltas, attempts = await self._policy._again(failure, self._open, self._request, started)
-        deltas.say_attempts(attempts)
-        return deltas
+        try:
+            deltas, attempts = await self._policy._again(failure, self._open, self._request, started)
+        finally:
+            del failure
+        return _RetriedDeltas(deltas, attempts)
 
     async def _open(self) -> _Deltas:
         inner = self._policy.backend.stream(self._request)
@@ -265,10 +276,6 @@ class _Deltas(AsyncIterator[Delta]):
         self._first = first
         self._next = rest.__anext__
 
-    def say_attempts(self, attempts: int) -> None:
-        if self._first is not None:
-            self._first = replace(self._first, attempts=attempts)
-
     def __anext__(self) -> Awaitable[Delta]:
         first = self._first
         if first is None:
@@ -279,6 +286,24 @@ class _Deltas(AsyncIterator[Delta]):
 
 async def _ready(delta: Delta) -> Delta:
     return delta
+
+
+class _RetriedDeltas(AsyncIterator[Delta]):
+    """The deltas of a later attempt: the first, and each that would say another number, tells which attempt it was."""
+
+    __slots__ = ("_attempts", "_next", "_told")
+
+    def __init__(self, deltas: AsyncIterator[Delta], attempts: int) -> None:
+        self._next = deltas.__anext__
+        self._attempts = attempts
+        self._told = False
+
+    async def __anext__(self) -> Delta:
+        delta = await self._next()
+        if delta.attempts is None and self._told:
+            return delta
+        self._told = True
+        return replace(delta, attempts=self._attempts)
 
 
 # -- the strategies, as tenacity wants them ---------------------------------------------------------------------------
