@@ -12,13 +12,12 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from types import GenericAlias
 from typing import Any, NoReturn
 
 from asyncmodels.errors import InvalidRequestError, ResponseFormatError
 from asyncmodels.strict import is_strict, resolve, strictened
-from asyncmodels.types import EBNF, Choice, Grammar, JSONSchema, Regex, Request, Response, ResponseFormat
+from asyncmodels.types import EBNF, Choice, Grammar, JSONSchema, Regex, Request, Response, ResponseFormat, evolve
 
 # pydantic and jsonschema are imported where they are first needed: they cost far more than the rest of the package, and
 # most programs never ask for a format.
@@ -71,7 +70,7 @@ def parse_response(request: Request, response: Response) -> Response:
         if response.finish_reason == "length":
             message = f"The answer was cut by max_tokens before it satisfied the response_format: {error}"
         raise ResponseFormatError(message, response=response) from error
-    return replace(response, parsed=parsed)
+    return evolve(response, parsed=parsed)
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------

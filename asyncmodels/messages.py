@@ -72,13 +72,18 @@ def as_messages(value: object) -> tuple[Message, ...]:
 
 
 def _plain_message(item: object) -> Message | None:
-    """The message where it is a role and a text and nothing more: the hot path of every request, without a name."""
+    """The message where it is a role and text and nothing more: the hot path of every request."""
     if type(item) is dict:
         if len(item) == 2:
             content = item.get("content")
             role = item.get("role")
-            if type(content) is str and type(role) is str and role in _PLAIN:
-                return make(Message, role=_PLAIN[role], content=content, extra={})
+            if type(role) is str and role in _PLAIN:
+                if type(content) is str:
+                    return make(Message, role=_PLAIN[role], content=content, extra={})
+                if type(content) is list and content:
+                    parts = tuple([part for part in map(_plain_part, content) if part is not None])
+                    if len(parts) == len(content):
+                        return make(Message, role=_PLAIN[role], content=parts, extra={})
     elif (
         type(item) is Message
         and type(item.content) is str
