@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, InvalidResponseError
 from asyncmodels.model import Model
+from asyncmodels.request import Parameters
 from asyncmodels.stopping import StopMatcher, cut
 from asyncmodels.types import Delta, ImagePart, Message, Request, Response, ToolCall, Usage
 
@@ -44,7 +45,7 @@ class CallableModel(Model):
         function: Callable[..., Any],
         *policies: Callable[[Backend], Backend],
         model_id: str | None = None,
-        **defaults: Any,
+        **defaults: Unpack[Parameters],
     ) -> None:
         super().__init__(CallableBackend(function), *policies, defaults=defaults, model_id=model_id or _name(function))
 

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
 
 from asyncmodels.attempt import Attempt
 from asyncmodels.backend import Backend, Capabilities, Statistical, compose, links
@@ -17,7 +17,7 @@ from asyncmodels.deadline import Watchdog, within
 from asyncmodels.errors import CallTimeoutError, ClosedError, ConfigurationError, EventLoopError
 from asyncmodels.formats import parse_response
 from asyncmodels.messages import load_images, needs_loading
-from asyncmodels.request import build_request, normalise
+from asyncmodels.request import Parameters, build_request, normalise
 from asyncmodels.types import Delta, Message, Request, Response, ResponseBuilder, evolve
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Model(Backend):
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    async def generate(self, messages: Messages, /, **params: Any) -> Response:
+    async def generate(self, messages: Messages, /, **params: Unpack[Parameters]) -> Response:
         """Answers ``messages``. ``params`` are the fields of ``Request``: max_tokens, temperature, tools, ...
 
         Raises InvalidRequestError (a bad message or parameter) and UnsupportedError (a parameter that this model does
@@ -112,7 +112,7 @@ class Model(Backend):
             return await self._chain.generate(request)
         return await within(timeout, self._chain.generate(request), lambda: _call_timeout(timeout))
 
-    def stream(self, messages: Messages, /, **params: Any) -> Stream:
+    def stream(self, messages: Messages, /, **params: Unpack[Parameters]) -> Stream:
         """Answers ``messages`` piece by piece; raises as ``generate`` does, here or at the first step::
 
         async with model.stream("Tell me a story.") as stream:

@@ -4,29 +4,64 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, TypedDict
 
 from asyncmodels.errors import InvalidRequestError
 from asyncmodels.formats import as_grammar, as_response_format
 from asyncmodels.messages import as_messages
 from asyncmodels.tools import as_tool_choice, as_tools
-from asyncmodels.types import Request, evolve, make
+from asyncmodels.types import Grammar, Request, evolve, make
 
-__all__ = ["PARAMETERS", "build_request", "normalise"]
+__all__ = ["PARAMETERS", "Parameters", "build_request", "normalise"]
+
+
+class Parameters(TypedDict, total=False):
+    """The keyword arguments of ``generate`` and ``stream``, which are the fields of ``Request`` as callers write them.
+
+    None means "unset" for each: it takes a model's own default back for one call.
+    """
+
+    stop_sequences: Sequence[str] | str | None
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    frequency_penalty: float | None
+    presence_penalty: float | None
+    logprobs: int | bool | None
+    tools: Sequence[Any] | None
+    """Python functions, JSON schemas in OpenAI's shape, smolagents-like objects, Tool values."""
+    tool_choice: Any
+    """``"auto"``, ``"none"``, ``"required"``, or a tool by its name or itself."""
+    response_format: Any
+    """``"json"``, a pydantic model class, a dataclass, a JSON schema, or OpenAI's dict."""
+    grammar: Grammar | None
+    timeout: float | None
+    attempt_timeout: float | None
+    idle_timeout: float | None
+    priority: int | None
+    agent: str | None
+    metadata: Mapping[str, Any] | None
+    extra: Mapping[str, Any] | None
 
 
 def build_request(messages: Any, params: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:
     """The Request for ``messages``: the call's own ``params`` beat ``defaults`` (already normalised).
 
-    ``messages`` may be a Request: what it leaves unset is filled from ``defaults``. Raises InvalidRequestError in one
-    sentence for whatever can never work.
+    ``messages`` may be a Request: it is checked like parameters, and what it leaves unset is filled from ``defaults``.
+    Raises InvalidRequestError in one sentence for whatever can never work.
     """
     values = normalise(params) if params else {}
     if isinstance(messages, Request):
-        unset = {name: value for name, value in defaults.items() if getattr(messages, name) == _UNSET[name]}
-        request = evolve(messages, **{**unset, **values}) if unset or values else messages
+        request = _checked(messages)
+        unset = {name: value for name, value in defaults.items() if getattr(request, name) == _UNSET[name]}
+        if unset or values:
+            request = evolve(request, **{**unset, **values})
     else:
         request = make(Request, messages=as_messages(messages), **{**_BARE, **defaults, **values})
     if request.tools or request.tool_choice is not None or request.grammar is not None:
@@ -44,6 +79,20 @@ def normalise(params: Mapping[str, Any]) -> dict[str, Any]:
         # None means "unset" for every parameter: it takes a model's default back for one call.
         values[name] = _UNSET[name] if value is None else check(name, value)
     return values
+
+
+def _checked(request: Request) -> Request:
+    """The same object where it is sound already, as every request is that another Model hands down."""
+    given = {name: value for name in _CHECKS if (value := getattr(request, name)) != _UNSET[name]}
+    changes = {
+        name: value
+        for name, value in normalise(given).items()
+        if value is not given[name] and (type(value) is not type(given[name]) or value != given[name])
+    }
+    messages = as_messages(request.messages)
+    if len(messages) != len(request.messages) or not all(map(operator.is_, messages, request.messages)):
+        changes["messages"] = messages
+    return evolve(request, **changes) if changes else request
 
 
 def _check_together(request: Request) -> Request:
@@ -83,13 +132,15 @@ _FOREIGN = {
 
 # -- one check per parameter ------------------------------------------------------------------------------------------
 
+_LARGEST = 1e300  # an int may be larger than any float
+
 
 def _number(low: float, high: float = math.inf, *, open_low: bool = False) -> Callable[[str, Any], float]:
     def check(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidRequestError(f"{name} must be a number, not {type(value).__name__}.")
         inside = low < value <= high if open_low else low <= value <= high
-        if not inside or math.isinf(value):
+        if not inside or not value < _LARGEST:
             bound = f"more than {low:g}" if open_low else f"at least {low:g}"
             upper = "" if high == math.inf else f" and at most {high:g}"
             raise InvalidRequestError(f"{name} must be {bound}{upper}, not {value!r}.")

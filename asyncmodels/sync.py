@@ -13,7 +13,7 @@ import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar, Unpack
 
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from asyncmodels.model import Messages, Model, Statistics, Stream
+    from asyncmodels.request import Parameters
 
 __all__ = ["SyncModel", "SyncStream"]
 
@@ -39,11 +40,11 @@ class SyncModel:
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def generate(self, messages: Messages, /, **params: Any) -> Response:
+    def generate(self, messages: Messages, /, **params: Unpack[Parameters]) -> Response:
         """As ``Model.generate``, blocking this thread. Ctrl-C cancels the call."""
         return _background.run(lambda: self.model.generate(messages, **params))
 
-    def stream(self, messages: Messages, /, **params: Any) -> SyncStream:
+    def stream(self, messages: Messages, /, **params: Unpack[Parameters]) -> SyncStream:
         """As ``Model.stream``; a plain iterator and context manager."""
         return SyncStream(self.model.stream(messages, **params))
 

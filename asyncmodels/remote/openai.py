@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any
+from typing import Any, Unpack
 
 import httpx2
 import orjson
@@ -20,6 +20,7 @@ from asyncmodels.remote.endpoint import APIKey, Endpoint, configure, make_pool
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
 from asyncmodels.remote.status import error_from_response
 from asyncmodels.remote.wire import Dialect, request_body
+from asyncmodels.request import Parameters
 from asyncmodels.types import Delta, JSONSchema, Request, Response
 
 __all__ = ["OpenAIBackend", "OpenAIModel", "OpenAIServerModel"]
@@ -59,7 +60,7 @@ class OpenAIModel(Model):
         transport: TransportChoice = "auto",
         http2: bool = False,
         max_tokens_field: str | None = None,
-        **defaults: Any,
+        **defaults: Unpack[Parameters],
     ) -> None:
         if not isinstance(model_id, str) or not model_id:
             raise ConfigurationError("OpenAIModel needs a model_id such as 'gpt-5'.")
