@@ -18,14 +18,17 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from huggingface_hub import constants, try_to_load_from_cache
 
-from asyncmodels.errors import ModelLoadError
+from asyncmodels.errors import MissingExtraError, ModelLoadError
+from asyncmodels.local.transformers import TransformersModel
 
-__all__ = ["smollm_path"]
+__all__ = ["SmolLMModel", "smollm_path"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,23 @@ _MANIFEST = "asyncmodels.json"
 _STAGING = ".smollm2-"
 _NEEDED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _WEIGHTS = "model.safetensors"
+
+
+class SmolLMModel(TransformersModel):
+    """SmolLM2-135M-Instruct in this process: ``asyncmodels.load("smollm")``.
+
+    It is fetched, once, when the model is first used. ``settings`` are those of TransformersModel, without the name.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        for package in ("torch", "transformers", "gguf"):
+            if find_spec(package) is None:
+                raise MissingExtraError(f'SmolLMModel needs the package {package!r}: pip install "asyncmodels[smollm]"')
+        super().__init__(REPOSITORY, **settings)
+
+    @staticmethod
+    def _locate(model_id: str) -> str:
+        return str(smollm_path())
 
 
 def smollm_path(*, cache_dir: Path | None = None) -> Path:

@@ -25,7 +25,10 @@ __all__ = ["TransformersBackend", "TransformersModel"]
 
 
 class TransformersBackend(Backend):
-    """A Transformers model on an engine of its own. The parameters are those of ``TransformersModel``."""
+    """A Transformers model on an engine of its own. The parameters are those of ``TransformersModel``.
+
+    ``locate`` turns ``model_id`` into the folder or repository to load; it may block, and raise ModelLoadError.
+    """
 
     capabilities = Capabilities(
         sampling=ALL_SAMPLING, tool_choice=frozenset({"auto", "none"}), logprobs=True, extra=True
@@ -49,6 +52,7 @@ class TransformersBackend(Backend):
         prefill_tokens: int | None = None,
         share_weights: bool = False,
         max_restarts: int = 3,
+        locate: Callable[[str], str] = str,
     ) -> None:
         if not isinstance(model_id, str) or not model_id.strip():
             raise ConfigurationError("model_id must be a model folder or the name of a repository.")
@@ -67,6 +71,7 @@ class TransformersBackend(Backend):
                 "model_kwargs": dict(model_kwargs or {}),
             },
             {"share_weights": share_weights, "prefill_tokens": prefill_tokens},
+            locate,
         )
         self.engine = Engine(
             factory,
@@ -115,12 +120,12 @@ class TransformersBackend(Backend):
         await self.engine.aclose()
 
 
-def _factory(weights: dict[str, Any], settings: dict[str, Any]) -> Callable[[], Runner]:
+def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]) -> Callable[[], Runner]:
     def make() -> Runner:
         from asyncmodels.local.transformers_runner import TransformersRunner
         from asyncmodels.local.weights import WeightsSpec
 
-        return TransformersRunner(WeightsSpec(**weights), **settings)
+        return TransformersRunner(WeightsSpec(**{**weights, "model_id": locate(weights["model_id"])}), **settings)
 
     return make
 
@@ -189,8 +194,14 @@ class TransformersModel(Model):
             prefill_tokens=prefill_tokens,
             share_weights=share_weights,
             max_restarts=max_restarts,
+            locate=self._locate,
         )
         super().__init__(self._local, *policies, defaults=defaults, model_id=model_id)
+
+    @staticmethod
+    def _locate(model_id: str) -> str:
+        """The folder or repository to load for ``model_id``; called by the owner thread, where it may block."""
+        return model_id
 
     async def load(self) -> None:
         """Loads the model now instead of at the first call. Raises ModelLoadError; the next call tries again."""
