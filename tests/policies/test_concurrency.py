@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, RateLimitError, ServerError
-from asyncmodels.policies.concurrency import Concurrency, ConcurrencyStatistics
+from asyncmodels.policies.concurrency import Concurrency, ConcurrencyStatistics, Slots
 from asyncmodels.policies.retry import Retry
 from asyncmodels.testing import Delay, FakeClock, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request, Response, ResponseBuilder, Timing
@@ -157,6 +157,19 @@ async def test_a_slot_given_to_a_cancelled_caller_goes_on() -> None:
     rooms.leave("third")
     await asyncio.gather(first, third)
     assert state(policy) == (0, 0, 2)
+
+
+async def test_a_slot_that_comes_free_just_before_the_wait_is_taken() -> None:
+    """A caller that was refused gets the slot that another thread gives back before it is in line."""
+    slots = Slots(1)
+    assert slots.acquire_nowait()
+    assert not slots.acquire_nowait()
+
+    slots.release()
+    waiter = slots.park(0)
+
+    assert waiter.future.done()
+    assert slots.statistics() == ConcurrencyStatistics(limit=1, running=1, waiting=0, completed=1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
