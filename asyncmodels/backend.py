@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from asyncmodels.errors import UnsupportedError
+from asyncmodels.errors import ConfigurationError, UnsupportedError
 from asyncmodels.types import EBNF, Choice, Delta, JSONSchema, Regex, Request, Response
 
 __all__ = ["Backend", "Capabilities", "Policy", "PolicyFactory", "Statistical", "compose", "links"]
@@ -129,9 +129,17 @@ class Statistical(Protocol):
 
 
 def compose(backend: Backend, *policies: Callable[[Backend], Backend]) -> Backend:
-    """Puts ``policies`` around ``backend``, the first outermost: ``compose(b, Retry, Concurrency)``."""
+    """Puts ``policies`` around ``backend``, the first outermost: ``compose(b, Retry, partial(Concurrency, limit=8))``.
+
+    Raises ConfigurationError for what is no function of a backend, such as a policy that was made already.
+    """
     for policy in reversed(policies):
-        backend = policy(backend)
+        if not callable(policy):
+            raise ConfigurationError(f"A policy is a class or function that takes a backend, not {policy!r}.")
+        wrapped = policy(backend)
+        if not isinstance(wrapped, Backend):
+            raise ConfigurationError(f"The policy {policy!r} returned {type(wrapped).__name__}, not a Backend.")
+        backend = wrapped
     return backend
 
 

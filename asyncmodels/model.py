@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, Unpack
 
 from asyncmodels.attempt import Attempt
 from asyncmodels.backend import Backend, Capabilities, Statistical, compose, links
@@ -25,13 +26,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Messages", "Model", "Statistics", "Stream"]
 
+T = TypeVar("T")
+
 Messages: TypeAlias = str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any] | Any] | Request
 """What ``generate`` and ``stream`` take: a string, dicts in OpenAI's or smolagents' shape, Messages, a Request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What a model is doing. ``links`` holds what each link of the chain adds, by the name of its class."""
+    """What a model is doing.
+
+    ``links`` holds what each link of the chain adds, from the outermost in, by the name of its class; the second link
+    of one class is ``"Concurrency 2"``.
+    """
 
     running: int
     """Calls that have begun and not ended, waiting ones included."""
@@ -48,8 +55,9 @@ class Model(Backend):
         async with Model(backend, Retry) as model:
             response = await model.generate("What is the capital of France?", max_tokens=20)
 
-    ``policies`` are put around ``backend``, the first outermost. ``defaults`` are parameters of every call; a call's
-    own parameters beat them. A Model is a Backend: it can be put wherever one is expected, with its whole chain.
+    ``policies`` are put around ``backend``, the first outermost; ``attempt_timeout`` and ``idle_timeout`` bound what is
+    inside of them all. ``defaults`` are parameters of every call; a call's own parameters beat them. A Model is a
+    Backend: it can be put wherever one is expected, with its whole chain.
     """
 
     def __init__(
@@ -66,7 +74,9 @@ class Model(Backend):
         self.backend = backend
         self.model_id = model_id if model_id is not None else getattr(backend, "model_id", None)
         self._defaults = normalise(defaults or {})
-        self._chain = compose(backend, *policies, Attempt)
+        # A Model inside bounds its own attempts, below its own retries.
+        bounded = any(isinstance(link, Model) for link in links(backend))
+        self._chain = compose(backend, *policies) if bounded else compose(backend, *policies, Attempt)
         self._owns_backend = True
         self._closed = False
         self._running = self._completed = self._failed = 0
@@ -87,13 +97,15 @@ class Model(Backend):
         _require_asyncio()
         self._check_open()
         request = build_request(messages, params, self._defaults)
-        if needs_loading(request.messages):
-            request = await _loaded(request)
         self._chain.capabilities.check(request)
         started = time.perf_counter()
         self._running += 1
         try:
-            response = await self._answer(request)
+            timeout = request.timeout
+            if timeout is None:
+                response = await self._answer(request)
+            else:
+                response = await within(timeout, self._answer(request), lambda: _call_timeout(timeout))
             total = time.perf_counter() - started
             response = evolve(response, timing=evolve(response.timing, total=total))
             if request.response_format is not None:
@@ -107,10 +119,7 @@ class Model(Backend):
         return response
 
     async def _answer(self, request: Request) -> Response:
-        timeout = request.timeout
-        if timeout is None:
-            return await self._chain.generate(request)
-        return await within(timeout, self._chain.generate(request), lambda: _call_timeout(timeout))
+        return await self._chain.generate(await _loaded(request) if needs_loading(request.messages) else request)
 
     def stream(self, messages: Messages, /, **params: Unpack[Parameters]) -> Stream:
         """Answers ``messages`` piece by piece; raises as ``generate`` does, here or at the first step::
@@ -147,19 +156,34 @@ class Model(Backend):
     def statistics(self) -> Statistics:
         counts: dict[str, Any] = {}
         waiting = 0
-        for link in links(self._chain):
+        for link in self._links():
             if isinstance(link, Statistical):
                 counted = link.statistics()
                 waiting += getattr(counted, "waiting", 0)
-                counts[type(link).__name__] = counted
+                name = type(link).__name__
+                same = sum(key.partition(" ")[0] == name for key in counts)
+                counts[f"{name} {same + 1}" if same else name] = counted
         return Statistics(
             running=self._running, waiting=waiting, completed=self._completed, failed=self._failed, links=counts
         )
 
+    def _links(self) -> Iterator[Backend]:
+        """The links of the chain down to the backend, or to a Model, which answers for what is inside of it."""
+        for link in links(self._chain):
+            if not isinstance(link, Attempt):
+                yield link
+            if isinstance(link, Model):
+                return
+
+    def _names(self) -> Iterator[str]:
+        for link in self._links():
+            yield type(link).__name__
+            if isinstance(link, Model):
+                yield from link._names()
+
     def __repr__(self) -> str:
-        chain = " → ".join(type(link).__name__ for link in links(self._chain) if not isinstance(link, Attempt))
         name = f"{self.model_id!r}: " if self.model_id else ""
-        return f"<{type(self).__name__} {name}{chain}{' (closed)' if self._closed else ''}>"
+        return f"<{type(self).__name__} {name}{' → '.join(self._names())}{' (closed)' if self._closed else ''}>"
 
     # -- ending -------------------------------------------------------------------------------------------------------
 
@@ -199,17 +223,20 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
         self._started = 0.0
         self._first_token: float | None = None
         self._response: Response | None = None
+        self._failure: BaseException | None = None
         self._closed = False
+        self._reader: asyncio.Task[Any] | None = None
+        self._interrupted: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Stream:
         if self._deltas is None and not self._closed:
-            await self._open()
+            await self._read(self._open)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._close(error)
+        await self._end(error)
 
     def __aiter__(self) -> Stream:
         return self
@@ -217,68 +244,92 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
     async def __anext__(self) -> Delta:
         if self._closed:
             raise StopAsyncIteration
-        deltas = self._deltas if self._deltas is not None else await self._open()
+        return await self._read(self._next)
+
+    async def response(self) -> Response:
+        """The whole answer, as ``generate`` would have returned it; reads what is left of the stream first.
+
+        Raises as the iteration does, ResponseFormatError when the content does not satisfy ``response_format``, and
+        ClosedError when the stream was closed, or had failed, before its end.
+        """
+        async for _ in self:
+            pass
+        if self._response is None:
+            how = "was closed" if self._failure is None else f"failed with a {type(self._failure).__name__}"
+            raise ClosedError(f"This stream {how} before its end, so there is no whole response.") from self._failure
+        if self._request.response_format is not None and self._response.parsed is None:
+            self._response = parse_response(self._request, self._response)
+        return self._response
+
+    async def aclose(self) -> None:
+        """Ends the stream now and releases what it holds. Closing twice is allowed.
+
+        Another task that waits for the stream just now gets a ClosedError.
+        """
+        await self._end(None)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    async def _read(self, step: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """One step of the one reader; however it fails, the stream is over and released."""
+        if self._reader is not None:
+            raise ConfigurationError("A stream is read by one task at a time.")
+        _require_asyncio()
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  # a running coroutine has a task under asyncio
+        cancelling = task.cancelling()
+        self._reader = task
         try:
-            if self._watchdog is None:
-                delta = await deltas.__anext__()
-            else:
-                delta = await self._watchdog.watch(deltas.__anext__())
+            return await step()
         except StopAsyncIteration:
             # Built before closing: closing must see an answer that came to its end.
             self._response = self._finish()
             await self._close(None)
             raise
         except BaseException as error:
-            await self._close(error)
+            # The one cancel that _end asked for is not the caller's; any other still is.
+            closed = self._interrupted is not None and task.cancelling() - 1 <= cancelling
+            await self._close(None if closed else error)
+            if closed and isinstance(error, asyncio.CancelledError):
+                raise ClosedError("This stream was closed while it was read.") from None
             raise
+        finally:
+            self._reader = None
+            if self._interrupted is not None:
+                task.uncancel()
+                self._interrupted.set_result(None)
+                self._interrupted = None
+
+    async def _open(self) -> AsyncIterator[Delta]:
+        self._model._check_open()
+        self._loop = asyncio.get_running_loop()
+        self._started = time.perf_counter()
+        self._model._running += 1
+        timeout = self._request.timeout
+        if timeout is None:
+            self._deltas = await self._begin()
+        else:
+            self._watchdog = Watchdog()
+            self._watchdog.limit_all(timeout, lambda: _call_timeout(timeout))
+            self._deltas = await self._watchdog.watch(self._begin())
+        return self._deltas
+
+    async def _begin(self) -> AsyncIterator[Delta]:
+        if needs_loading(self._request.messages):
+            self._request = await _loaded(self._request)
+        answer = self._model._chain.stream(self._request)
+        deltas = await answer.__aenter__()
+        self._answer = answer
+        return deltas
+
+    async def _next(self) -> Delta:
+        deltas = self._deltas if self._deltas is not None else await self._open()
+        step = deltas.__anext__()
+        delta = await (step if self._watchdog is None else self._watchdog.watch(step))
         if self._first_token is None and (delta.content or delta.reasoning or delta.tool_calls):
             self._first_token = time.perf_counter() - self._started
         self._builder.add(delta)
         return delta
-
-    async def response(self) -> Response:
-        """The whole answer, as ``generate`` would have returned it; reads what is left of the stream first.
-
-        Raises as the iteration does, ResponseFormatError when the content does not satisfy ``response_format``, and
-        ClosedError when the stream was closed before its end.
-        """
-        async for _ in self:
-            pass
-        if self._response is None:
-            raise ClosedError("This stream was closed before its end, so there is no whole response.")
-        if self._request.response_format is not None and self._response.parsed is None:
-            self._response = parse_response(self._request, self._response)
-        return self._response
-
-    async def aclose(self) -> None:
-        """Ends the stream now and releases what it holds. Closing twice is allowed."""
-        await self._close(None)
-
-    # -- the life of the stream ---------------------------------------------------------------------------------------
-
-    async def _open(self) -> AsyncIterator[Delta]:
-        _require_asyncio()
-        if self._answer is not None:
-            raise ConfigurationError("A stream is read by one task at a time.")
-        self._model._check_open()
-        if needs_loading(self._request.messages):
-            self._request = await _loaded(self._request)
-        self._loop = asyncio.get_running_loop()
-        self._started = time.perf_counter()
-        self._answer = self._model._chain.stream(self._request)
-        self._model._running += 1
-        try:
-            timeout = self._request.timeout
-            if timeout is None:
-                self._deltas = await self._answer.__aenter__()
-            else:
-                self._watchdog = Watchdog()
-                self._watchdog.limit_all(timeout, lambda: _call_timeout(timeout))
-                self._deltas = await self._watchdog.watch(self._answer.__aenter__())
-        except BaseException:
-            self._end(failed=True)
-            raise
-        return self._deltas
 
     def _finish(self) -> Response:
         response = self._builder.response()
@@ -286,48 +337,90 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
         first = response.timing.first_token if response.timing.first_token is not None else self._first_token
         return evolve(response, timing=evolve(response.timing, first_token=first, total=total))
 
+    # -- ending -------------------------------------------------------------------------------------------------------
+
+    async def _end(self, error: BaseException | None) -> None:
+        """Ends the stream from outside of a step; a task inside of one is made to leave first, and closes."""
+        reader = self._reader
+        if reader is None or self._closed:
+            await self._close(error)
+            return
+        if self._interrupted is None:
+            self._interrupted = asyncio.get_running_loop().create_future()
+            reader.cancel()
+        await asyncio.shield(self._interrupted)
+        await self._close(error)
+
     async def _close(self, error: BaseException | None) -> None:
         if self._closed:
             return
-        opened = self._deltas is not None
-        if not opened:
-            self._closed = True
-            return
-        self._end(failed=error is not None)
-        assert self._answer is not None  # noqa: S101  # _deltas comes from it
-        kind = None if error is None else type(error)
-        await self._answer.__aexit__(kind, error, None if error is None else error.__traceback__)
-
-    def _end(self, *, failed: bool) -> None:
         self._closed = True
-        self._model._running -= 1
-        if failed:
-            self._model._failed += 1
-        else:
-            self._model._completed += 1
-        if self._watchdog is not None:
-            self._watchdog.close()
+        self._failure = error
+        if self._loop is None:
+            return
+        _count_end(self._model, self._watchdog, failed=error is not None)
+        if self._answer is not None:
+            kind = None if error is None else type(error)
+            await self._answer.__aexit__(kind, error, None if error is None else error.__traceback__)
 
     def __del__(self) -> None:
-        if self._closed or self._deltas is None or self._loop is None:
+        if self._closed or self._loop is None:
             return
-        warnings.warn(f"Unclosed {self!r}: use `async with`.", ResourceWarning, source=self, stacklevel=1)
-        if not self._loop.is_closed() and self._answer is not None:
-            self._end(failed=False)
-            self._loop.call_soon_threadsafe(_spawn, self._loop, self._answer.__aexit__(None, None, None))
+        message = f"Unclosed {self!r}: use `async with`."
+        # The collector runs in any thread, and only the loop may close what it opened.
+        end = partial(_end_abandoned, self._model, self._watchdog, self._answer, self._deltas)
+        try:
+            self._loop.call_soon_threadsafe(end, self._loop)
+        except RuntimeError:  # the loop is closed
+            end(None)
+        # Last, because where warnings are errors this raises.
+        warnings.warn(message, ResourceWarning, source=self, stacklevel=1)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "open" if self._deltas is not None else "not begun"
         return f"<Stream of {self._model!r}, {state}>"
 
 
+def _count_end(model: Model, watchdog: Watchdog | None, *, failed: bool) -> None:
+    model._running -= 1
+    if failed:
+        model._failed += 1
+    else:
+        model._completed += 1
+    if watchdog is not None:
+        watchdog.close()
+
+
 _closing: set[asyncio.Task[Any]] = set()  # the loop itself keeps only weak references to its tasks
 
 
-def _spawn(loop: asyncio.AbstractEventLoop, close: Coroutine[Any, Any, Any]) -> None:
-    task = loop.create_task(close)
-    _closing.add(task)
-    task.add_done_callback(_closing.discard)
+def _end_abandoned(
+    model: Model,
+    watchdog: Watchdog | None,
+    answer: AbstractAsyncContextManager[AsyncIterator[Delta]] | None,
+    deltas: AsyncIterator[Delta] | None,
+    loop: asyncio.AbstractEventLoop | None,
+) -> None:
+    """Releases what a stream held that nobody has any more; ``loop`` is None where its loop is closed already."""
+    _count_end(model, watchdog, failed=False)
+    if answer is None:
+        return
+
+    async def close() -> None:
+        await answer.__aexit__(None, None, None)
+        if isinstance(deltas, AsyncGenerator):
+            await deltas.aclose()  # here and not by the collector, which would do it beside the line above
+
+    if loop is not None:
+        task = loop.create_task(close())
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+        return
+    # Without a loop what can be given back without waiting is given back: slots, counts.
+    closing = close()
+    with suppress(Exception):
+        closing.send(None)
+    closing.close()
 
 
 async def _loaded(request: Request) -> Request:
