@@ -19,7 +19,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, stop_any, wait_exponential
+from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, stop_any, wait_exponential
+from tenacity.retry import retry_base
 from tenacity.stop import stop_base
 from tenacity.wait import wait_base
 
@@ -141,7 +142,8 @@ class Retry(Policy):
         self._retries = 0
         self._waiting = 0
         self._gave_up = 0
-        self._retry = retry_if_exception(_predicate(on))
+        self._retryable = _predicate(on)
+        self._retry = _FirstOr(self._retryable)
         self._wait = _FullJitter(wait_initial, wait_max, random)
         self._stop = stop_any(stop_after_attempt(attempts), _AsksTooLong(retry_after_max))
 
@@ -150,6 +152,8 @@ class Retry(Policy):
         try:
             return await self.backend.generate(request)
         except Exception as error:
+            if not self._retryable(error):
+                raise
             failure = error
         try:
             response, attempts = await self._again(failure, lambda: self.backend.generate(request), request, started)
@@ -187,7 +191,8 @@ class Retry(Policy):
     async def _again(
         self, failure: Exception, attempt: Callable[[], Awaitable[T]], request: Request, started: float
     ) -> tuple[T, int]:
-        """What ``attempt`` returns in the end, and in which attempt. The first was made, and ended in ``failure``."""
+        """What ``attempt`` returns in the end, and in which attempt. The first was made, and ended in ``failure``,
+        which is worth another."""
         stops: list[stop_base] = [self._stop]
         if request.timeout is not None:
             stops.append(_EndsTooLate(self._clock, started + request.timeout))
@@ -243,6 +248,8 @@ class _RetriedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         try:
             return await self._open()
         except Exception as error:
+            if not self._policy._retryable(error):
+                raise
             failure = error
         try:
             deltas, attempts = await self._policy._again(failure, self._open, self._request, started)
@@ -327,6 +334,17 @@ def _failure(state: RetryCallState) -> BaseException | None:
 def _retry_after(state: RetryCallState) -> float:
     seconds = getattr(_failure(state), "retry_after", None)
     return seconds if seconds is not None and seconds > 0 else 0.0
+
+
+class _FirstOr(retry_base):
+    """The first failure was found worth a retry before tenacity came into it; later ones are asked about here."""
+
+    def __init__(self, retryable: Callable[[BaseException], bool]) -> None:
+        self._retryable = retryable
+
+    def __call__(self, retry_state: RetryCallState) -> bool:
+        failure = _failure(retry_state)
+        return failure is not None and (retry_state.attempt_number == 1 or self._retryable(failure))
 
 
 class _FullJitter(wait_base):

@@ -1,0 +1,142 @@
+"""Who must keep the contract of ``Backend``: one line in CASES each, for a backend, a policy or a whole model.
+
+To join, add a ``Case`` to CASES:
+
+- ``id`` names it in the test report.
+- ``open`` takes pytest's ``getfixturevalue`` (so that a case can ask for a server by name) and gives an async context
+  manager with the Backend: a Model, or ``contextlib.aclosing(backend)``. One test enters it in one event loop and
+  leaves it in the next, so it must not keep anything that belongs to a loop (an ``@asynccontextmanager`` does).
+- ``ask`` makes the request that provokes a ``Behaviour``. As it stands it puts the behaviour's word in front of the
+  text (``"hang: ..."``), which a scripted backend, a function or a server can read; another case may set
+  ``Request.extra`` or a model id instead. It must leave every other field unset, and greedy sampling to the case.
+- ``can`` are the behaviours that the case can be made to show. A real engine can only answer: without ``HANG`` and
+  ``STALL`` the tests of cancellation cancel a call that is busy answering, without ``FAIL`` they are skipped.
+- ``marks`` are pytest's, such as ``pytest.mark.model`` for a case that loads weights.
+
+What the tests demand of ``ANSWER``: some words that depend on nothing but the request, so that asking again, or
+through a stream, or among fifty others, gives the same. No test knows the words.
+
+For example, a backend against a server that a fixture named ``server`` starts, and one that loads a tiny model::
+
+    Case("openai", lambda fixture: OpenAIModel("m", api_base=fixture("server").url, api_key="k")),
+    Case("transformers", open_tiny_llama, ask=greedy, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from typing import Any, TypeAlias
+
+import pytest
+
+from asyncmodels.backend import Backend, Capabilities, compose
+from asyncmodels.callable import CallableModel
+from asyncmodels.errors import ServerError
+from asyncmodels.model import Model
+from asyncmodels.policies.concurrency import Concurrency
+from asyncmodels.policies.retry import Retry
+from asyncmodels.testing import Delay, Reply, ScriptedBackend
+from asyncmodels.types import Delta, Message, Request
+
+__all__ = ["CASES", "Behaviour", "Case"]
+
+
+class Behaviour(Enum):
+    """What a backend is to do with a request."""
+
+    ANSWER = "answer"
+    HANG = "hang"
+    """Take the request and never begin to answer."""
+    STALL = "stall"
+    """Stream at least one delta, then neither go on nor end; ``generate`` never returns."""
+    FAIL = "fail"
+    """Fail each time in a way that is not the request's fault, a 500 for example."""
+
+
+def ask_in_words(behaviour: Behaviour, text: str) -> Request:
+    return Request(messages=(Message("user", f"{behaviour.value}: {text}"),))
+
+
+GetFixture: TypeAlias = Callable[[str], Any]
+Open: TypeAlias = Callable[[GetFixture], AbstractAsyncContextManager[Backend]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    ask: Callable[[Behaviour, str], Request] = ask_in_words
+    can: Collection[Behaviour] = frozenset(Behaviour)
+    marks: Collection[pytest.MarkDecorator] = ()
+
+
+@dataclass(frozen=True)
+class Case(_Settings):
+    """One backend that must keep the contract; the module says what the fields mean."""
+
+    id: str
+    open: Open
+
+
+# -- the cases of this package that need neither server nor weights ---------------------------------------------------
+
+
+def say(text: str) -> str:
+    """Words that depend on the text alone, with some that come up twice."""
+    return f"You said: {text}, and then one two three, one two three, and nothing more."
+
+
+def scripted(request: Request) -> Reply:
+    behaviour, _, text = request.messages[-1].text.partition(": ")
+    replies: Mapping[str, Reply] = {
+        "answer": say(text),
+        "hang": (Delay(math.inf),),
+        "stall": (Delta(content="You "), Delay(math.inf)),
+        "fail": ServerError("The script says 500.", status=500),
+    }
+    return replies[behaviour]
+
+
+def chain(*policies: Callable[[Backend], Backend]) -> Open:
+    """A scripted backend with the default, narrow capabilities, and ``policies`` around it."""
+
+    def opened(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+        return aclosing(compose(ScriptedBackend(scripted, repeat=True, capabilities=Capabilities()), *policies))
+
+    return opened
+
+
+def face(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    return Model(ScriptedBackend(scripted, repeat=True, capabilities=Capabilities()), retry, gate)
+
+
+def function(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    async def respond(messages: Sequence[Mapping[str, Any]]) -> AsyncIterator[str]:
+        behaviour, _, text = messages[-1]["content"].partition(": ")
+        if behaviour == "fail":
+            raise ServerError("The function says 500.", status=500)
+        if behaviour == "hang":
+            await asyncio.Event().wait()
+        for word in say(text).split(" "):
+            yield word + " "
+            if behaviour == "stall":
+                await asyncio.Event().wait()
+
+    return CallableModel(respond)
+
+
+retry = partial(Retry, attempts=2, wait_initial=0, wait_max=0)
+gate = partial(Concurrency, limit=4)
+
+CASES = [
+    Case("scripted", chain()),
+    Case("retry", chain(retry)),
+    Case("concurrency", chain(gate)),
+    Case("retry-concurrency", chain(retry, gate)),
+    Case("model", face),
+    Case("callable", function),
+]
