@@ -7,13 +7,13 @@ import heapq
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import ConfigurationError
-from asyncmodels.types import Delta, Request, Response, Timing
+from asyncmodels.types import Delta, Request, Response, Timing, evolve
 
 __all__ = ["Concurrency", "ConcurrencyStatistics"]
 
@@ -63,7 +63,7 @@ class Concurrency(Policy):
         finally:
             slots.release()
         if waited:
-            response = replace(response, timing=_queued_longer(response.timing, waited))
+            response = evolve(response, timing=_queued_longer(response.timing, waited))
         return response
 
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
@@ -130,11 +130,11 @@ class _QueuedDeltas(AsyncIterator[Delta]):
         if delta.timing is None and self._told:
             return delta
         self._told = True
-        return replace(delta, timing=_queued_longer(delta.timing or Timing(), self._waited))
+        return evolve(delta, timing=_queued_longer(delta.timing or Timing(), self._waited))
 
 
 def _queued_longer(timing: Timing, seconds: float) -> Timing:
-    return replace(timing, queued=timing.queued + seconds)
+    return evolve(timing, queued=timing.queued + seconds)
 
 
 # -- who is in, who waits ---------------------------------------------------------------------------------------------

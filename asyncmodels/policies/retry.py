@@ -15,7 +15,7 @@ import random as _random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
@@ -27,7 +27,7 @@ from tenacity.wait import wait_base
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import AsyncModelsError, ConfigurationError, RateLimitError
-from asyncmodels.types import Delta, Request, Response
+from asyncmodels.types import Delta, Request, Response, evolve
 
 __all__ = ["Retry", "RetryBudget", "RetryStatistics", "RetryWhen"]
 
@@ -159,7 +159,7 @@ class Retry(Policy):
             response, attempts = await self._again(failure, lambda: self.backend.generate(request), request, started)
         finally:
             del failure
-        return replace(response, attempts=attempts)
+        return evolve(response, attempts=attempts)
 
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
         return _RetriedStream(self, request)
@@ -310,7 +310,7 @@ class _RetriedDeltas(AsyncIterator[Delta]):
         if delta.attempts is None and self._told:
             return delta
         self._told = True
-        return replace(delta, attempts=self._attempts)
+        return evolve(delta, attempts=self._attempts)
 
 
 # -- the strategies, as tenacity wants them ---------------------------------------------------------------------------
