@@ -6,6 +6,7 @@ Only the standard library is imported until a command runs, so that ``--help`` a
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         options = _parser().parse_args(arguments)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that cannot show a character shows a question mark, and the rest of the answer.
+            sys.stdout.reconfigure(errors="replace")
         code: int = options.run(options)
         # A pipe that was closed shows itself here at the latest, not in the interpreter's last flush.
         sys.stdout.flush()
