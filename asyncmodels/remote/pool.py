@@ -1,167 +1,278 @@
-"""Pooled HTTP: what a remote backend holds to reach its server."""
+"""Pooled HTTP: what a remote backend holds to reach its server.
+
+One ``httpx2.AsyncClient`` per event loop is shared by all pools with the same settings, so that thousands of models on
+one loop share their connections. It stands on ``AsyncioTransport`` unless something else is asked for:
+
+``transport="auto"``
+    ours, for HTTP/1.1. With ``http2=True``, or where the environment names a SOCKS proxy, httpx2's own.
+``transport="asyncio"``
+    ours in any case.
+``transport="httpx2"``
+    httpx2's own, which knows HTTP/2 and SOCKS and costs many times more per request when hundreds are in flight.
+an ``httpx2.AsyncBaseTransport``
+    used as it is, and never closed by us.
+a function that makes one
+    called once per event loop; what it made is closed with the pool.
+
+Proxies and certificates come from the environment, read when a loop's client is made: ``proxies.py`` says which proxy
+wins; ``SSL_CERT_FILE`` wins over ``SSL_CERT_DIR``, and both over the store of the operating system. A transport or an
+``http_client`` of the user's decides both for itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import socket
-import ssl
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import httpx2
 
-from asyncmodels.errors import (
-    AsyncModelsError,
-    ClosedError,
-    ConfigurationError,
-    ConnectError,
-    ConnectionLostError,
-    ConnectTimeoutError,
-    DNSError,
-    EventLoopError,
-    ProtocolError,
-    ReadTimeoutError,
-    TLSError,
-    TruncatedResponseError,
-)
+from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError, EventLoopError
+from asyncmodels.remote.clients import Face, Settings, TransportChoice, give_back, take
+from asyncmodels.remote.redirects import redirected
+from asyncmodels.remote.translate import FOREIGN, translate
+from asyncmodels.remote.transport import Body
 
 __all__ = ["HTTPPool", "PoolStatistics", "TransportChoice", "body_of", "translate"]
 
-TransportChoice: TypeAlias = (
-    Literal["auto", "pyreqwest", "httpx2"] | httpx2.AsyncBaseTransport | Callable[[], httpx2.AsyncBaseTransport]
-)
-
-_FOREIGN = (httpx2.HTTPError, httpx2.InvalidURL, OSError)
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_HTTPX2_DEFAULT = httpx2.Timeout(5.0)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStatistics:
-    """What is going on in a pool: ``in_flight`` requests and streams that were begun and are not over."""
+    """What a pool is doing.
+
+    ``in_flight`` counts the requests and streams of this pool that have begun and are not over. ``connections`` counts
+    the open ones per origin (``"https://api.openai.com"``) on all event loops where this pool is at home, shared with
+    other pools and idle ones included; None where the transport does not tell.
+    """
 
     in_flight: int
+    connections: Mapping[str, int] | None
 
 
 class HTTPPool:
-    """What a remote backend holds: the way to the ``httpx2.AsyncClient`` of the running event loop."""
+    """The way to the ``httpx2.AsyncClient`` of the running event loop, and from its errors to ours.
+
+    ``connect_timeout`` is for name lookup, proxy and TLS together, ``read_timeout`` for the longest silence of the
+    server while it is waited for; both in seconds, and None waits for ever. ``http_client`` is used as it is, with its
+    hooks, auth and limits, and never closed; only where its timeout is httpx2's default of 5 seconds, too short for a
+    language model, do ours apply.
+
+    A pool may be used from any number of event loops, one after the other or at the same time in several threads.
+    """
 
     def __init__(
         self,
         *,
         http_client: httpx2.AsyncClient | None = None,
         transport: TransportChoice = "auto",
-        connect_timeout: float = 5.0,
+        connect_timeout: float | None = 5.0,
         read_timeout: float | None = 600.0,
         http2: bool = False,
     ) -> None:
-        self._own = http_client
-        self._timeout = httpx2.Timeout(read_timeout, connect=connect_timeout, pool=None)
-        self._http2 = http2
-        self._transport = transport
-        self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx2.AsyncClient] = WeakKeyDictionary()
-        self._in_flight = 0
+        if isinstance(transport, str) and transport not in ("auto", "asyncio", "httpx2"):
+            raise ConfigurationError(
+                f"transport must be 'auto', 'asyncio', 'httpx2' or a transport, not {transport!r}."
+            )
+        if transport == "asyncio" and http2:
+            raise ConfigurationError("transport='asyncio' speaks HTTP/1.1 only; leave it at 'auto' for http2=True.")
+        timeout = httpx2.Timeout(read_timeout, connect=connect_timeout, pool=None)
+        self._settings = Settings(transport, timeout, http2)
+        self._http_client = http_client
+        self._leases: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lease] = WeakKeyDictionary()
+        self._last: tuple[asyncio.AbstractEventLoop, _Lease] | None = None
+        self._lock = threading.Lock()
         self._closed = False
 
     def client(self) -> httpx2.AsyncClient:
-        """The client of the running event loop; raises EventLoopError where no asyncio loop runs."""
-        if self._closed:
-            raise ClosedError("This HTTP pool was closed.")
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError as error:
-            raise EventLoopError("HTTP requests need a running asyncio event loop.") from error
-        if self._own is not None:
-            return self._own
-        client = self._clients.get(loop)
-        if client is None:
-            limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=30)
-            client = self._clients[loop] = httpx2.AsyncClient(
-                timeout=self._timeout, limits=limits, http2=self._http2, follow_redirects=True
-            )
-        return client
+        """The client of the running event loop, for other libraries to use; they must not close it.
+
+        Raises EventLoopError where no asyncio loop is running, and ClosedError after ``aclose``.
+        """
+        return self._lease().client
 
     async def request(
         self, method: str, url: httpx2.URL, *, headers: httpx2.Headers, content: bytes | None = None
     ) -> httpx2.Response:
-        """Sends a request and returns the answer, whatever its status, with its body already read."""
-        client = self.client()
-        self._in_flight += 1
+        """Sends a request and returns the answer, whatever its status, with its body read and decoded.
+
+        Redirects are followed. ``response.request`` is not always set. Raises TransportError, or ClosedError when the
+        pool is closed in the meantime.
+        """
+        lease = self._lease()
+        lease.in_flight += 1
         try:
-            return await client.request(method, url, headers=headers, content=content)
-        except _FOREIGN as error:
-            raise translate(error, url) from error
+            transport = lease.fast
+            if transport is None:
+                request = _build(lease, method, url, headers, content)
+                return await lease.client.send(request)
+            response = await transport.fetch(method, url, headers, content)
+            if response.status_code in _REDIRECTS and "location" in response.headers:
+                return await redirected(lease.client, response, method, url, headers, content)
+            if "content-encoding" in response.headers:
+                return _decoded(response)
+            return response
+        except FOREIGN as error:
+            raise self._translate(error, url) from error
         finally:
-            self._in_flight -= 1
+            lease.in_flight -= 1
 
     def stream(
         self, method: str, url: httpx2.URL, *, headers: httpx2.Headers, content: bytes | None = None
     ) -> AbstractAsyncContextManager[httpx2.Response]:
-        """Sends a request and gives the answer with its body unread; read it with ``body_of(response)``."""
+        """Sends a request and gives the answer as soon as its head is there; read the body with ``body_of``.
+
+        Leaving the block takes the connection back: for the next request when the body was read to its end, else it is
+        closed, and the server sees it.
+        """
         return self._stream(method, url, headers, content)
 
     @asynccontextmanager
     async def _stream(
         self, method: str, url: httpx2.URL, headers: httpx2.Headers, content: bytes | None
-    ) -> AsyncIterator[httpx2.Response]:
-        client = self.client()
-        self._in_flight += 1
+    ) -> AsyncGenerator[httpx2.Response]:
+        lease = self._lease()
+        lease.in_flight += 1
         try:
-            request = client.build_request(method, url, headers=headers, content=content)
             try:
-                response = await client.send(request, stream=True)
-            except _FOREIGN as error:
-                raise translate(error, url) from error
+                if lease.fast is None:
+                    request = _build(lease, method, url, headers, content)
+                    response = await lease.client.send(request, stream=True)
+                else:
+                    response = await lease.fast.open(method, url, headers, content)
+                    if response.status_code in _REDIRECTS and "location" in response.headers:
+                        response = await redirected(lease.client, response, method, url, headers, content, stream=True)
+            except FOREIGN as error:
+                raise self._translate(error, url) from error
             try:
                 yield response
             finally:
                 await response.aclose()
         finally:
-            self._in_flight -= 1
+            lease.in_flight -= 1
 
     def statistics(self) -> PoolStatistics:
-        return PoolStatistics(in_flight=self._in_flight)
+        """May be called from any thread."""
+        leases = [lease for lease in list(self._leases.values()) if lease.alive]
+        in_flight = sum(lease.in_flight for lease in leases)
+        counts = Counter[str]()
+        for lease in leases:
+            if lease.fast is None:
+                return PoolStatistics(in_flight, None)
+            counts.update(lease.fast.connections())
+        return PoolStatistics(in_flight, dict(counts))
 
     async def aclose(self) -> None:
-        """Closes what this pool opened on the running loop, never a client that was given to it."""
+        """Ends the pool: whatever begins later raises ClosedError. Closing twice is allowed.
+
+        The client of a loop is closed with its last pool, and what is then still in flight raises ClosedError. On a
+        loop other than the running one that happens as soon as that loop runs.
+        """
         self._closed = True
-        client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.aclose()
+        self._last = None
+        with self._lock:
+            leases = list(self._leases.items())
+            self._leases.clear()
+        for loop, lease in leases:
+            if lease.face is not None:
+                await give_back(loop, lease.face)
+
+    def _lease(self) -> _Lease:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise EventLoopError(
+                "HTTP requests need a running asyncio event loop; under trio, or without a loop, there is none."
+            ) from None
+        last = self._last
+        if last is not None and last[0] is loop and last[1].alive:
+            return last[1]
+        if self._closed:
+            raise ClosedError("This HTTP pool was closed.")
+        with self._lock:
+            lease = self._leases.get(loop)
+            if lease is None or not lease.alive:
+                for other in [other for other, lease in self._leases.items() if not lease.alive]:
+                    del self._leases[other]
+                lease = self._leases[loop] = self._new_lease(loop)
+        self._last = (loop, lease)
+        return lease
+
+    def _new_lease(self, loop: asyncio.AbstractEventLoop) -> _Lease:
+        client = self._http_client
+        if client is None:
+            face = take(loop, self._settings)
+            return _Lease(face.client, face, None)
+        if client.is_closed:
+            raise ClosedError("The http_client that was given was closed.")
+        return _Lease(client, None, self._settings.timeout if client.timeout == _HTTPX2_DEFAULT else None)
+
+    def _translate(self, error: BaseException, url: httpx2.URL) -> AsyncModelsError:
+        if self._closed:
+            return ClosedError("This HTTP pool was closed while the request was under way.")
+        return translate(error, url)
 
 
 async def body_of(response: httpx2.Response) -> AsyncIterator[bytes]:
-    """The pieces of a streamed body as they arrive, decoded; raises the errors of asyncmodels."""
+    """The body of a streamed response piece by piece as it arrives, decoded; raises TransportError.
+
+    It is the cheap way to read it: ``response.aiter_bytes()`` gives the same pieces at a higher cost per piece and
+    raises httpx2's errors.
+    """
+    stream = response.stream
     try:
-        async for piece in response.aiter_bytes():
-            yield piece
-    except _FOREIGN as error:
-        raise translate(error, response.url) from error
+        if isinstance(stream, Body) and "content-encoding" not in response.headers:
+            read = stream.piece
+            while piece := await read():
+                yield piece
+        else:
+            async for piece in response.aiter_bytes():
+                yield piece
+    except FOREIGN as error:
+        if not isinstance(stream, Body):
+            raise translate(error, response.url) from error
+        if stream.abandoned:
+            raise ClosedError("The HTTP pool was closed while the answer was being read.") from error
+        raise translate(error, stream.url) from error
 
 
-def translate(error: BaseException, url: httpx2.URL | None = None) -> AsyncModelsError:
-    """The error of asyncmodels that says what ``error``, raised by an HTTP client, means."""
-    where = f" {url.scheme}://{url.netloc.decode()}" if url is not None else " the server"
-    if isinstance(error, httpx2.ConnectTimeout | httpx2.PoolTimeout):
-        return ConnectTimeoutError(f"No connection to{where} in time.")
-    if isinstance(error, httpx2.TimeoutException):
-        return ReadTimeoutError(f"No answer from{where} in time.")
-    if isinstance(error, httpx2.ConnectError | httpx2.ProxyError):
-        chain: BaseException | None = error
-        while chain is not None:
-            if isinstance(chain, socket.gaierror):
-                return DNSError(f"The host name of{where} does not resolve.")
-            if isinstance(chain, ssl.SSLError):
-                return TLSError(f"The TLS handshake with{where} failed: {error}.")
-            chain = chain.__cause__ or chain.__context__
-        return ConnectError(f"Could not connect to{where}: {error}.")
-    if isinstance(error, httpx2.RemoteProtocolError):
-        if "incomplete" in str(error) or "peer closed connection" in str(error):
-            return TruncatedResponseError(f"The answer of{where} ended before its end.")
-        if "disconnected" in str(error):
-            return ConnectionLostError(f"The connection to{where} was closed before an answer.")
-        return ProtocolError(f"What{where} sent is not HTTP: {error}.")
-    if isinstance(error, httpx2.InvalidURL | httpx2.UnsupportedProtocol):
-        return ConfigurationError(f"Not a usable URL: {error}")
-    return ConnectionLostError(f"The connection to{where} was lost: {error}.")
+class _Lease:
+    """One pool's part in the client of one event loop."""
+
+    __slots__ = ("client", "face", "fast", "in_flight", "timeout")
+
+    def __init__(self, client: httpx2.AsyncClient, face: Face | None, timeout: httpx2.Timeout | None) -> None:
+        self.client = client
+        self.face = face
+        self.fast = None if face is None else face.fast
+        self.timeout = timeout
+        self.in_flight = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.face is None or self.face.alive
+
+
+def _build(
+    lease: _Lease, method: str, url: httpx2.URL, headers: httpx2.Headers, content: bytes | None
+) -> httpx2.Request:
+    if lease.timeout is None:
+        return lease.client.build_request(method, url, headers=headers, content=content)
+    return lease.client.build_request(method, url, headers=headers, content=content, timeout=lease.timeout)
+
+
+def _decoded(response: httpx2.Response) -> httpx2.Response:
+    decoded = httpx2.Response(
+        response.status_code,
+        headers=response.headers,
+        stream=httpx2.ByteStream(response.content),
+        extensions=response.extensions,
+    )
+    decoded.read()
+    return decoded

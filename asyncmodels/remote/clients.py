@@ -1,0 +1,142 @@
+"""The httpx2 clients of each event loop, shared by all pools that want the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import httpx2
+
+from asyncmodels.errors import MissingExtraError
+from asyncmodels.remote.proxies import Proxies
+from asyncmodels.remote.transport import AsyncioTransport
+
+__all__ = ["Face", "Settings", "TransportChoice", "give_back", "take"]
+
+TransportChoice: TypeAlias = (
+    Literal["auto", "asyncio", "httpx2"] | httpx2.AsyncBaseTransport | Callable[[], httpx2.AsyncBaseTransport]
+)
+
+_KEEP_ALIVE = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What makes two pools share a client. The environment counts as it is when the pool meets a loop."""
+
+    transport: TransportChoice
+    timeout: httpx2.Timeout
+    http2: bool
+
+    def key(self) -> tuple[object, ...]:
+        transport = self.transport if isinstance(self.transport, str) else id(self.transport)
+        certificates = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+        timeout = (self.timeout.connect, self.timeout.read)
+        return (transport, timeout, self.http2, Proxies.from_environment(), certificates)
+
+
+class Face:
+    """The client of one event loop for one kind of settings, and how many pools use it."""
+
+    def __init__(self, key: tuple[object, ...], settings: Settings) -> None:
+        self.key = key
+        self.users = 0
+        self.alive = True
+        # Held because the key knows a transport of the user's by its identity only.
+        self.settings = settings
+        self.client, self.fast = _new_client(settings)
+        self._end = self._until_the_loop_ends()
+        # Run up to its yield: from now on the loop closes it when it shuts down its asynchronous generators.
+        with suppress(StopIteration):
+            self._end.__anext__().send(None)
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            self.alive = False
+            await self.client.aclose()
+
+    async def aclose(self) -> None:
+        await self._end.aclose()
+
+
+_FACES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[object, ...], Face]] = WeakKeyDictionary()
+_FACES_LOCK = threading.Lock()
+
+
+def take(loop: asyncio.AbstractEventLoop, settings: Settings) -> Face:
+    key = settings.key()
+    with _FACES_LOCK:
+        # A face keeps its loop alive, so those of loops that were closed without shutting down must be let go.
+        for other in [other for other in _FACES if other.is_closed()]:
+            del _FACES[other]
+        faces = _FACES.setdefault(loop, {})
+        face = faces.get(key)
+        if face is None or not face.alive:
+            face = faces[key] = Face(key, settings)
+        face.users += 1
+        return face
+
+
+async def give_back(loop: asyncio.AbstractEventLoop, face: Face) -> None:
+    with _FACES_LOCK:
+        face.users -= 1
+        if face.users > 0:
+            return
+        face.alive = False
+        faces = _FACES.get(loop, {})
+        if faces.get(face.key) is face:
+            del faces[face.key]
+    if loop is asyncio.get_running_loop():
+        await face.aclose()
+    elif not loop.is_closed():
+        asyncio.run_coroutine_threadsafe(face.aclose(), loop)
+
+
+def _new_client(settings: Settings) -> tuple[httpx2.AsyncClient, AsyncioTransport | None]:
+    kind = settings.transport
+    if kind == "auto":
+        kind = "httpx2" if settings.http2 or Proxies.from_environment().uses_socks else "asyncio"
+    fast: AsyncioTransport | None = None
+    transport: httpx2.AsyncBaseTransport | None
+    if kind == "asyncio":
+        timeout = settings.timeout
+        transport = fast = AsyncioTransport(connect_timeout=timeout.connect, read_timeout=timeout.read)
+    elif isinstance(kind, str):
+        transport = None
+    elif isinstance(kind, httpx2.AsyncBaseTransport):
+        transport = _Borrowed(kind)
+    else:
+        transport = kind()
+    try:
+        client = httpx2.AsyncClient(
+            transport=transport,
+            timeout=settings.timeout,
+            http2=settings.http2 and transport is None,
+            follow_redirects=True,
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE),
+            # What one model's provider sets must not travel with another model's requests.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+        )
+    except ImportError as error:
+        extra = "socks" if "socks" in str(error).lower() else "http2"
+        raise MissingExtraError(f'This needs a package that is not installed: pip install "httpx2[{extra}]"') from error
+    return client, fast
+
+
+class _Borrowed(httpx2.AsyncBaseTransport):
+    """A transport of the user's, which is not ours to close."""
+
+    def __init__(self, transport: httpx2.AsyncBaseTransport) -> None:
+        self._transport = transport
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        return await self._transport.handle_async_request(request)
