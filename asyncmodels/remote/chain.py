@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.policies.concurrency import Concurrency
-from asyncmodels.policies.retry import Retry
+from asyncmodels.policies.retry import Retry, RetryBudget
 
 __all__ = ["DEFAULT_CONCURRENCY", "PolicyLike", "remote_chain"]
 
@@ -30,12 +31,12 @@ def remote_chain(
         if max_concurrency is not None or retry is not True:
             raise ConfigurationError("policies replaces the default chain; put the limit and the retry into it.")
         return tuple(policies)
-    chain: list[PolicyLike] = []
+    limit = DEFAULT_CONCURRENCY if max_concurrency is None else max_concurrency
+    concurrency = partial(Concurrency, limit=limit)
     if callable(retry):
-        chain.append(retry)
-    elif retry is True:
-        chain.append(Retry)
-    elif retry is not False:
-        chain.append(partial(Retry, attempts=retry))
-    chain.append(partial(Concurrency, limit=DEFAULT_CONCURRENCY if max_concurrency is None else max_concurrency))
-    return chain
+        return (retry, concurrency)
+    if retry is False:
+        return (concurrency,)
+    settings: dict[str, Any] = {} if retry is True else {"attempts": retry}
+    # When a server stumbles, everything in flight fails at once: the reserve lets all of it have one more attempt.
+    return (partial(Retry, budget=RetryBudget(reserve=max(100, limit)), **settings), concurrency)
