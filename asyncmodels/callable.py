@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import inspect
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Unpack
+
+from anyio import CapacityLimiter, to_thread
 
 from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, InvalidResponseError
 from asyncmodels.model import Model
 from asyncmodels.request import Parameters
 from asyncmodels.stopping import StopMatcher, cut
-from asyncmodels.types import Delta, ImagePart, Message, Request, Response, ToolCall, Usage
+from asyncmodels.types import Delta, ImagePart, Message, Request, Response, ResponseBuilder, ToolCall, Usage
 
 __all__ = ["CallableBackend", "CallableModel"]
 
@@ -34,7 +36,7 @@ class CallableModel(Model):
     of ``stop_sequences``, ``max_tokens``, ``temperature``, ``tools``, ``response_format``, ``grammar``, ... that its
     signature takes. A parameter that it does not take is an UnsupportedError, except stop sequences and the response
     format, which are seen to here in any case. It returns a string or an object with ``.content`` (tool calls and
-    usage are taken over where they are there), or is an async generator of strings, which streams.
+    usage are taken over where they are there), or is an async generator of strings or Deltas, which streams.
 
     A sync function runs in a worker thread; cancelling the call cannot interrupt it there, it is left to end by
     itself. An exception of the function's own passes through unchanged.
@@ -58,23 +60,31 @@ class CallableBackend(Backend):
             raise ConfigurationError(f"CallableModel needs a function, not {type(function).__name__}.")
         self._function = function
         self._takes = _parameters(function)
-        call = function if inspect.isroutine(function) or isinstance(function, partial) else type(function).__call__
-        target = call.func if isinstance(call, partial) else call
-        self._generates = inspect.isasyncgenfunction(target)
-        self._awaits = inspect.iscoroutinefunction(target)
+        target = function.func if isinstance(function, partial) else function
+        call = target if inspect.isroutine(target) else type(target).__call__
+        self._generates = inspect.isasyncgenfunction(call)
+        self._awaits = inspect.iscoroutinefunction(call)
         self.capabilities = _capabilities(self._takes)
 
     async def generate(self, request: Request, /) -> Response:
         if self._generates:
+            builder = ResponseBuilder()
             async with self.stream(request) as deltas:
-                text = "".join([delta.content async for delta in deltas])
-            return Response(content=text, finish_reason="stop")
+                async for delta in deltas:
+                    builder.add(delta)
+            return builder.response()
         arguments = self._arguments(request)
         messages = [_as_dict(message) for message in request.messages]
         if self._awaits:
             answer = await self._function(messages, **arguments)
         else:
-            answer = await asyncio.to_thread(partial(self._function, messages, **arguments))
+            # A limit of threads here would be a second, hidden one, and a deadlock where a function asks a model that
+            # is made of a function too.
+            answer = await to_thread.run_sync(
+                partial(self._function, messages, **arguments),
+                abandon_on_cancel=True,
+                limiter=CapacityLimiter(math.inf),
+            )
             if inspect.isawaitable(answer):
                 answer = await answer
         return _response(answer, request.stop_sequences)
@@ -85,12 +95,16 @@ class CallableBackend(Backend):
     @asynccontextmanager
     async def _generator_stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
         messages = [_as_dict(message) for message in request.messages]
-        async with aclosing(self._function(messages, **self._arguments(request))) as pieces:
-            yield _deltas(pieces, request.stop_sequences)
+        async with (
+            aclosing(self._function(messages, **self._arguments(request))) as pieces,
+            aclosing(_deltas(pieces, request.stop_sequences)) as deltas,
+        ):
+            yield deltas
 
     @asynccontextmanager
     async def _whole_stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
-        yield _one_delta(await self.generate(request))
+        async with aclosing(_one_delta(await self.generate(request))) as deltas:
+            yield deltas
 
     async def aclose(self) -> None:
         """Nothing is held: the function is the caller's."""
@@ -115,11 +129,11 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str] | None:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return frozenset()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)]
     if not positional:
         raise ConfigurationError(f"{_name(function)} must take the messages as its first argument.")
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)) - {
         positional[0].name
     }
@@ -207,26 +221,40 @@ def _member(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-async def _one_delta(response: Response) -> AsyncIterator[Delta]:
+async def _one_delta(response: Response) -> AsyncGenerator[Delta, None]:
     yield response.as_delta()
 
 
-async def _deltas(pieces: AsyncIterator[Any], stops: tuple[str, ...]) -> AsyncIterator[Delta]:
+async def _deltas(pieces: AsyncIterator[Any], stops: tuple[str, ...]) -> AsyncGenerator[Delta, None]:
     matcher = StopMatcher(stops)
+    finished = calls = False
     async for piece in pieces:
-        if isinstance(piece, Delta):
-            piece = piece.content
-        if not isinstance(piece, str):
-            raise InvalidResponseError(f"The function yielded {type(piece).__name__}; it must yield strings.")
-        if text := matcher.push(piece):
-            yield Delta(content=text)
+        if not isinstance(piece, str | Delta):
+            raise InvalidResponseError(
+                f"The function yielded {type(piece).__name__}; it must yield strings, or Delta values."
+            )
+        delta = Delta(content=piece) if isinstance(piece, str) else piece
+        calls = calls or bool(delta.tool_calls)
+        content = matcher.push(delta.content)
+        if delta.finish_reason is not None:
+            finished = True
+            content += matcher.flush()
         if matcher.matched:
-            break
-    yield Delta(content=matcher.flush(), finish_reason="stop")
+            yield replace(delta, content=content, finish_reason="stop")
+            return
+        delta = delta if content == delta.content else replace(delta, content=content)
+        if delta != _NOTHING:
+            yield delta
+    if not finished:
+        yield Delta(content=matcher.flush(), finish_reason="tool_calls" if calls else "stop")
 
 
 def _name(function: Callable[..., Any]) -> str:
+    if isinstance(function, partial):
+        return _name(function.func)
     return getattr(function, "__name__", type(function).__name__)
 
 
 _MISSING: Any = object()
+
+_NOTHING = Delta()

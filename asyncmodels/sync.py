@@ -6,23 +6,21 @@ engines. It starts with the first call and ends with the interpreter.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar, Unpack
-
-from anyio.from_thread import BlockingPortal, start_blocking_portal
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.types import Delta, Response
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from asyncmodels.model import Messages, Model, Statistics, Stream
     from asyncmodels.request import Parameters
 
@@ -30,7 +28,8 @@ __all__ = ["SyncModel", "SyncStream"]
 
 T = TypeVar("T")
 
-# How long Ctrl-C waits for the call to let go of what it holds before the interrupt goes on anyway.
+# How long, in seconds, leaving a call (by Ctrl-C, by closing a stream, by the end of the interpreter) waits for the
+# call to let go of what it holds.
 _GRACE = 5.0
 
 
@@ -66,16 +65,20 @@ class SyncModel:
 
 
 class SyncStream(AbstractContextManager["SyncStream"], Iterator[Delta]):
-    """A Stream for callers without an event loop: iterate it, then ask for ``response()``."""
+    """A Stream for callers without an event loop: iterate it, then ask for ``response()``.
+
+    Leaving it early, with or without ``with``, closes it. Several threads may read one stream: each delta goes to one.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         # The background loop reads ahead into the queue: a hop between threads per delta would cost more than
         # the delta, and what is read ahead is never more than one answer.
-        self._queue: queue.SimpleQueue[Delta | _End] = queue.SimpleQueue()
+        self._pieces: queue.SimpleQueue[Delta | _End] = queue.SimpleQueue()
         self._pump: Future[None] | None = None
         self._pumped = threading.Event()
         self._end: _End | None = None
+        self._lock = threading.Lock()
 
     def __enter__(self) -> SyncStream:
         return self
@@ -89,80 +92,103 @@ class SyncStream(AbstractContextManager["SyncStream"], Iterator[Delta]):
         return self
 
     def __next__(self) -> Delta:
+        with self._lock:
+            if self._end is None and self._pump is None:
+                # The pump must not hold this object, or nobody would notice that it was left.
+                stream, pieces, pumped = self._stream, self._pieces, self._pumped
+                self._pump = _background.start(lambda: _pump(stream, pieces, pumped))
         if self._end is not None:
             raise StopIteration
-        if self._pump is None:
-            self._pump = _background.start(self._read)
         try:
-            item = self._queue.get()
+            piece = self._pieces.get()
         except BaseException:
             self.close()
             raise
-        if isinstance(item, _End):
-            self._end = item
-            if item.error is not None:
-                raise item.error
-            raise StopIteration
-        return item
+        if not isinstance(piece, _End):
+            return piece
+        self._pieces.put(piece)  # for other threads that read this stream
+        with self._lock:
+            first, self._end = self._end is None, self._end or piece
+        if first and piece.error is not None:
+            raise piece.error
+        raise StopIteration
 
     def response(self) -> Response:
-        """The whole answer; reads what is left of the stream first."""
+        """The whole answer; reads what is left of the stream first. Raises as ``Stream.response`` does."""
         for _ in self:
             pass
-        if self._end is None or self._end.response is None:
-            raise ClosedError("This stream was closed before its end, so there is no whole response.")
-        if isinstance(self._end.response, Exception):
-            raise self._end.response
-        return self._end.response
+        outcome = None if self._end is None else self._end.outcome
+        if isinstance(outcome, Response):
+            return outcome
+        if outcome is not None:
+            raise outcome
+        raise ClosedError("This stream was closed before its end, so there is no whole response.")
 
     def close(self) -> None:
-        """Ends the stream now and releases what it holds. Closing twice is allowed."""
-        self._end = self._end or _End()
-        if self._pump is not None and self._pump.cancel():
+        """Ends the stream now and waits until what it held is released. Closing twice is allowed."""
+        with self._lock:
+            self._end = self._end or _End()
+        self._pieces.put(self._end)
+        if self._pump is not None and self._pump.cancel() and not _background.is_here():
             self._pumped.wait(_GRACE)
 
-    async def _read(self) -> None:
-        end = _End()
-        try:
-            async with self._stream as stream:
-                async for delta in stream:
-                    self._queue.put(delta)
-            try:
-                end = _End(response=await stream.response())
-            except Exception as error:
-                # The deltas all came; only who asks for the whole response needs to hear that it is not valid.
-                end = _End(response=error)
-        except BaseException as error:
-            end = _End(error=error)
-            raise
-        finally:
-            self._queue.put(end)
-            self._pumped.set()
-
     def __del__(self) -> None:
-        if self._pump is not None and not self._pump.done():
+        if self._pump is not None:
             self._pump.cancel()
 
 
 class _End:
-    def __init__(self, response: Response | Exception | None = None, error: BaseException | None = None) -> None:
-        self.response = response
+    """How a stream ended: ``error`` came out of its iteration; ``outcome`` is what asking for the response gives."""
+
+    def __init__(self, error: Exception | None = None, outcome: Response | Exception | None = None) -> None:
         self.error = error
+        self.outcome = outcome
+
+
+async def _pump(stream: Stream, pieces: queue.SimpleQueue[Delta | _End], pumped: threading.Event) -> None:
+    end = _End(error=ClosedError("The stream was cancelled before its end."))
+    try:
+        error: Exception | None = None
+        try:
+            async with stream:
+                async for delta in stream:
+                    pieces.put(delta)
+        except Exception as failure:
+            error = failure
+        try:
+            end = _End(error, await stream.response())
+        except Exception as outcome:
+            end = _End(error, outcome)
+    finally:
+        pieces.put(end)
+        pumped.set()
+
+
+# -- the loop ---------------------------------------------------------------------------------------------------------
 
 
 class _Background:
     """The background loop, started at first use; a forked child starts its own."""
 
     def __init__(self) -> None:
+        self._abandoned: list[asyncio.AbstractEventLoop] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.reset()
+        atexit.register(self._stop)
 
     def reset(self) -> None:
+        """Forgets the loop, whose thread is the parent's. It must not be closed: its selector is shared with it."""
+        if self._loop is not None:
+            self._abandoned.append(self._loop)
         self._lock = threading.Lock()
-        self._portal: BlockingPortal | None = None
-        self._context: AbstractContextManager[BlockingPortal] | None = None
-        self._thread_id: int | None = None
+        self._loop = None
+        self._thread: threading.Thread | None = None
 
-    def run(self, call: Callable[[], Awaitable[T]]) -> T:
+    def is_here(self) -> bool:
+        """Whether this thread is the loop's own, which can wait for nothing that the loop must do."""
+        return threading.current_thread() is self._thread
+
+    def run(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         ended = threading.Event()
 
         async def run() -> T:
@@ -174,35 +200,52 @@ class _Background:
         future = self.start(run)
         try:
             return future.result()
+        except CancelledError as error:
+            raise ClosedError("The call was cancelled before it ended.") from error
         except BaseException:
             if future.cancel():  # Ctrl-C in this thread, not an error of the call
                 ended.wait(_GRACE)
             raise
 
-    def start(self, call: Callable[[], Awaitable[T]]) -> Future[T]:
-        portal = self._started()
-        if threading.get_ident() == self._thread_id:
+    def start(self, call: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
+        if self.is_here():
             raise EventLoopError(
                 "model.sync was called on the loop that serves it, which would wait for itself; use `await` there."
             )
-        return portal.start_task_soon(call)
+        loop = self._started()
+        return asyncio.run_coroutine_threadsafe(call(), loop)
 
-    def _started(self) -> BlockingPortal:
+    def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if self._portal is None:
-                self._context = start_blocking_portal(name="asyncmodels-sync")
-                self._portal = self._context.__enter__()
-                self._thread_id = self._portal.call(threading.get_ident)
-                atexit.register(self._stop)
-            return self._portal
+            if self._loop is None:
+                started: Future[asyncio.AbstractEventLoop] = Future()
+                # A daemon, because the interpreter waits for all others before it calls _stop.
+                self._thread = threading.Thread(target=_serve, args=(started,), name="asyncmodels-sync", daemon=True)
+                self._thread.start()
+                self._loop = started.result()
+            return self._loop
 
     def _stop(self) -> None:
         with self._lock:
-            portal, context = self._portal, self._context
-            self._portal = self._context = None
-        if portal is not None and context is not None:
-            portal.start_task_soon(portal.stop, True)
-            context.__exit__(None, None, None)
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(_GRACE)
+
+
+def _serve(started: Future[asyncio.AbstractEventLoop]) -> None:
+    # The runner cancels what is left when the loop stops, and waits for it.
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        asyncio.set_event_loop(loop)
+        loop.call_soon(started.set_result, loop)
+        while True:
+            try:
+                loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):
+                continue  # of one call, whose caller gets it; the loop serves the others too
+            return
 
 
 _background = _Background()
