@@ -93,8 +93,13 @@ class Settings:
         self.open = 0
 
 
-class Connection(asyncio.Protocol):
-    """One keep-alive connection; requests on it are answered one after the other."""
+class Connection(asyncio.BufferedProtocol):
+    """One keep-alive connection; requests on it are answered one after the other.
+
+    All of them read into one buffer, because a plain Protocol makes asyncio set aside 256 KB for every ``recv``.
+    """
+
+    _incoming = memoryview(bytearray(64 * 1024))
 
     def __init__(self, settings: Settings, loop: asyncio.AbstractEventLoop) -> None:
         self._settings = settings
@@ -114,7 +119,11 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._incoming
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(self._incoming[:nbytes])
         self._buffer = self._buffer + data if self._buffer else data
         if self._timer is None:
             self._next_request()

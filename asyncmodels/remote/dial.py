@@ -6,6 +6,7 @@ import asyncio
 import ipaddress
 import os
 import ssl
+import sys
 from functools import lru_cache
 
 import httpx2
@@ -17,6 +18,7 @@ __all__ = ["Origin", "trust"]
 
 _ADDRESS_LIFETIME = 10.0
 _FIRST_ADDRESS_SHARE = 0.25
+_WINDOWS_BUFFER = 16 * 1024
 
 
 def trust() -> ssl.SSLContext:
@@ -40,6 +42,7 @@ class Origin:
 
     __slots__ = (
         "_addresses",
+        "_buffer",
         "_fresh_until",
         "_host",
         "_loop",
@@ -55,13 +58,15 @@ class Origin:
     )
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, scheme: str, host: str, port: int, netloc: bytes, proxies: Proxies
+        self, loop: asyncio.AbstractEventLoop, buffer: memoryview, url: httpx2.URL, port: int, proxies: Proxies
     ) -> None:
+        scheme, host = url.scheme, url.raw_host.decode("ascii")
         self._loop = loop
+        self._buffer = buffer
         self.scheme = scheme
         self.host = host
         self.port = port
-        self.netloc = netloc
+        self.netloc = url.netloc
         self._proxy: Proxy | None = proxies.find(scheme, host, port)
         self._host = self._proxy.host if self._proxy is not None else host
         self._port = self._proxy.port if self._proxy is not None else port
@@ -130,13 +135,18 @@ class Origin:
 
     async def _open(self, address: str, context: ssl.SSLContext | None) -> Connection:
         _, connection = await self._loop.create_connection(
-            lambda: Connection(self._loop, self._count, self._forget),
+            self._new_connection,
             address,
             self._port,
             ssl=context,
             server_hostname=self._host if context is not None else None,
         )
         return connection
+
+    def _new_connection(self) -> Connection:
+        # On Windows a read is begun before its bytes are there, so that connections cannot share what they read into.
+        buffer = memoryview(bytearray(_WINDOWS_BUFFER)) if sys.platform == "win32" else self._buffer
+        return Connection(self._loop, buffer, self._count, self._forget)
 
     def _count(self, _connection: Connection) -> None:
         self.open += 1

@@ -53,8 +53,11 @@ def request_head(start: bytes, headers: Iterable[tuple[bytes, bytes]], framing: 
 _OURS = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection"})
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection, used by one request at a time.
+
+    ``buffer`` is where the socket is read into; all connections of one loop may share it. (A plain Protocol is handed
+    what ``recv`` returns, for which asyncio sets aside 256 KB at every call: that alone takes 20 microseconds.)
 
     After ``send``, ``whole`` waits for the complete answer, or ``head`` for its beginning and ``piece`` for the body
     bit by bit. Whoever was interrupted in between calls ``abort``: a connection is used again only when ``reusable``.
@@ -65,6 +68,7 @@ class Connection(asyncio.Protocol):
         "_can_write",
         "_deadline",
         "_held",
+        "_incoming",
         "_left",
         "_loop",
         "_no_body",
@@ -90,10 +94,12 @@ class Connection(asyncio.Protocol):
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
+        buffer: memoryview,
         on_made: Callable[[Connection], None],
         on_lost: Callable[[Connection], None],
     ) -> None:
         self._loop = loop
+        self._incoming = buffer
         self._on_made = on_made
         self._on_lost = on_lost
         self._transport: asyncio.Transport | None = None
@@ -204,9 +210,10 @@ class Connection(asyncio.Protocol):
             await self._wait()
         pieces = self._pieces
         piece = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        pieces.clear()
+        self._pieces = []
         self._held = 0
-        self._resume()
+        if self._paused:
+            self._resume()
         return piece
 
     def rest(self, now: float) -> None:
@@ -318,7 +325,16 @@ class Connection(asyncio.Protocol):
             self._can_write.set_result(None)
         self._can_write = None
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._incoming
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.feed(bytes(self._incoming[:nbytes]))
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def feed(self, data: bytes) -> None:
+        """Takes in what came from the server."""
         if self.error is not None:
             return
         if self._timeout is not None:
@@ -353,8 +369,6 @@ class Connection(asyncio.Protocol):
         if self._paused and self._transport is not None:
             self._paused = False
             self._transport.resume_reading()
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     def _keep(self, data: bytes) -> None:
         if not data:
@@ -487,7 +501,13 @@ class Connection(asyncio.Protocol):
                 if match is None:
                     self._malformed(f"the size of a chunk is {line[:40]!r}")
                     return
-                self._left = int(match[1], 16) or _TRAILERS
+                left = self._left = int(match[1], 16) or _TRAILERS
+                end = at + left
+                if left > 0 and data[end : end + 2] == b"\r\n":
+                    # The whole chunk is here, as it is for nearly every event of a stream.
+                    self._keep(data[at:end])
+                    self._left = _SIZE_LINE
+                    at = end + 2
             elif left == _AFTER_CHUNK:
                 if line:
                     self._malformed("a chunk does not end where it says")

@@ -20,6 +20,7 @@ __all__ = ["AsyncioTransport"]
 
 _IDLE_LIFETIME = 30.0
 _SUSPECT_AFTER = 1.0
+_BUFFER = 64 * 1024
 _PORTS = {"http": 80, "https": 443}
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH", "QUERY"})
 
@@ -38,6 +39,7 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
         self._connect_timeout = connect_timeout
         self._read_timeout = read_timeout
         self._proxies = Proxies.from_environment() if proxies is None else proxies
+        self._buffer = memoryview(bytearray(_BUFFER))
         self._origins: dict[tuple[str, str, int], Origin] = {}
         # Keyed by identity, because hashing an httpx2.URL means writing it out; holding the URL keeps its identity.
         self._prepared: dict[int, tuple[httpx2.URL, Origin, bytes]] = {}
@@ -156,7 +158,7 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
         key = (scheme, host, port)
         origin = self._origins.get(key)
         if origin is None:
-            origin = self._origins[key] = Origin(self._loop, scheme, host, port, url.netloc, self._proxies)
+            origin = self._origins[key] = Origin(self._loop, self._buffer, url, port, self._proxies)
         target = url.raw_path
         start = b"%b HTTP/1.1\r\nHost: %b" % (target, url.netloc)
         proxy = origin.forward
