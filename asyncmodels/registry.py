@@ -47,7 +47,8 @@ def load(name: str, /, **params: Any) -> Model:
     """The model that ``"scheme:name"`` stands for: ``load("openai:gpt-5")``, ``load("smollm")``.
 
     ``params`` are passed to the class. Raises UnknownSchemeError for a scheme that no row has, MissingExtraError when
-    its packages are not installed, and ConfigurationError when a name is missing or superfluous.
+    its packages are not installed, and ConfigurationError when a name is missing or superfluous, and for a row of an
+    installed package that leads to no model.
     """
     if not isinstance(name, str) or not name.strip():
         raise ConfigurationError('load() needs a name such as "openai:gpt-5" or "smollm".')
@@ -57,12 +58,25 @@ def load(name: str, /, **params: Any) -> Model:
         raise ConfigurationError(f'The scheme {scheme!r} needs a model name: "{scheme}:NAME".')
     if rest and not row.named:
         raise ConfigurationError(f"The scheme {scheme!r} stands for one model and takes no name, so {name!r} is wrong.")
-    cls = import_target(row.target, row.extra)
+    cls = _class_of(row)
     try:
-        model: Model = cls(rest, **params) if row.named else cls(**params)
+        model = cls(rest, **params) if row.named else cls(**params)
     except TypeError as error:
         raise ConfigurationError(f"{cls.__name__} cannot be made from these parameters: {error}.") from error
+    from asyncmodels.model import Model
+
+    if not isinstance(model, Model):
+        raise ConfigurationError(f"The scheme {scheme!r} made a {type(model).__name__}, not a Model ({row.target}).")
     return model
+
+
+def _class_of(row: Scheme) -> Any:
+    try:
+        return import_target(row.target, row.extra)
+    except MissingExtraError:
+        raise
+    except (ImportError, AttributeError) as error:
+        raise ConfigurationError(f"The scheme {row.scheme!r} cannot be loaded from {row.target!r}: {error}.") from error
 
 
 def schemes() -> tuple[Scheme, ...]:
@@ -79,7 +93,7 @@ def _find(scheme: str) -> Scheme:
         if row.scheme == scheme:
             return row
     names = [row.scheme for row in schemes()]
-    close = difflib.get_close_matches(scheme, names, n=1)
+    close = difflib.get_close_matches(scheme.lower(), names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(names)}."
     raise UnknownSchemeError(f"Unknown scheme {scheme!r}: {hint}")
 
