@@ -8,7 +8,8 @@ Each measurement runs in a process of its own against the server of ``benchmarks
 clients take turns within each round, so that a noisy neighbour hits all of them. CPU is the process's own, user and
 system, threads included, after a warm-up that fills the connection pool. ``raw aiohttp`` is
 ``session.post(json=...)`` and ``response.json()``, and for streams a loop over lines with ``json.loads``; the openai
-package runs with ``max_retries=0`` and asyncmodels with its default policies.
+package runs with ``max_retries=0``
+and a generous time limit, and asyncmodels with its default policies.
 """
 
 from __future__ import annotations
@@ -92,7 +93,10 @@ async def aiohttp_call(url: str, _concurrency: int, stack: AsyncExitStack, *, st
 async def openai_call(url: str, _concurrency: int, stack: AsyncExitStack, *, stream: bool) -> Call:
     from openai import AsyncOpenAI
 
-    client = await stack.enter_async_context(AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0))
+    # With its own limit of 5 s for connecting, a thousand first requests at once fail: its loop is busy for longer.
+    client = await stack.enter_async_context(
+        AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
+    )
     messages: Any = MESSAGES
 
     async def generate() -> int:
@@ -131,7 +135,8 @@ async def measure(client: str, url: str, concurrency: int, count: int, *, stream
             nonlocal left, pieces
             while left > 0:
                 left -= 1
-                pieces += await call()
+                came = await call()  # not `pieces += await`: that reads `pieces` before the others have added to it
+                pieces += came
 
         wall, cpu = time.perf_counter(), time.process_time()
         await asyncio.gather(*(worker() for _ in range(concurrency)))

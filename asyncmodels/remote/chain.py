@@ -39,4 +39,5 @@ def remote_chain(
         return (concurrency,)
     settings: dict[str, Any] = {} if retry is True else {"attempts": retry}
     # When a server stumbles, everything in flight fails at once: the reserve lets all of it have one more attempt.
-    return (partial(Retry, budget=RetryBudget(reserve=max(100, limit)), **settings), concurrency)
+    reserve = max(100, limit) if isinstance(limit, int) else 100  # what is not a limit at all, Concurrency refuses
+    return (partial(Retry, budget=RetryBudget(reserve=reserve), **settings), concurrency)
