@@ -1,0 +1,183 @@
+"""The public names: a list that only changes on purpose, every one of them there and explained."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import asyncmodels
+
+NAMES = [
+    "AsyncModelsError",
+    "AttemptTimeoutError",
+    "AuthenticationError",
+    "Backend",
+    "CallTimeoutError",
+    "CallableModel",
+    "Capabilities",
+    "Choice",
+    "ClosedError",
+    "Concurrency",
+    "ConfigurationError",
+    "ConflictError",
+    "ConnectError",
+    "ConnectTimeoutError",
+    "ConnectionLostError",
+    "ContentFilterError",
+    "ContextLengthError",
+    "DNSError",
+    "DeadlineError",
+    "Delta",
+    "EBNF",
+    "EngineDeadError",
+    "EngineError",
+    "EventLoopError",
+    "IdleTimeoutError",
+    "ImagePart",
+    "InvalidRequestError",
+    "InvalidResponseError",
+    "JSONSchema",
+    "Message",
+    "MissingExtraError",
+    "MissingKeyError",
+    "Model",
+    "ModelLoadError",
+    "NotFoundError",
+    "OpenAIModel",
+    "OpenAIServerModel",
+    "OverloadedError",
+    "PermissionDeniedError",
+    "Policy",
+    "ProtocolError",
+    "QueueFullError",
+    "QuotaExceededError",
+    "RateLimitError",
+    "ReadTimeoutError",
+    "Regex",
+    "Request",
+    "Response",
+    "ResponseFormat",
+    "ResponseFormatError",
+    "Retry",
+    "ServerError",
+    "ServerTimeoutError",
+    "SmolLMModel",
+    "Statistics",
+    "Stream",
+    "StreamError",
+    "TLSError",
+    "TextPart",
+    "Timing",
+    "TokenLogprob",
+    "Tool",
+    "ToolCall",
+    "ToolCallDelta",
+    "TransformersModel",
+    "TransportError",
+    "TruncatedResponseError",
+    "UnknownSchemeError",
+    "UnsupportedError",
+    "Usage",
+    "compose",
+    "load",
+    "schemes",
+]
+
+CLASSES = [name for name in NAMES if isinstance(getattr(asyncmodels, name), type)]
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(asyncmodels.__path__, "asyncmodels.")
+    if not module.name.endswith("__main__")
+]
+
+
+def test_the_names_are_these() -> None:
+    """__all__ is sorted, has nothing twice, and is exactly the list above."""
+    assert asyncmodels.__all__ == NAMES
+    assert sorted(set(NAMES)) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_there_and_explained(name: str) -> None:
+    """Each public name resolves, twice to the same object, and has a docstring of its own."""
+    value = getattr(asyncmodels, name)
+    assert getattr(asyncmodels, name) is value
+    doc = vars(value).get("__doc__") if isinstance(value, type) else value.__doc__
+    assert doc
+    assert not doc.startswith(f"{name}("), "what dataclass writes is no explanation"
+
+
+def documented(cls: type, name: str) -> bool:
+    """Whether the method, or what it overrides, has a docstring."""
+    return any(getattr(vars(base).get(name), "__doc__", None) for base in cls.__mro__)
+
+
+OBVIOUS = {"statistics", "total_tokens", "capabilities"}
+"""What its return type says completely."""
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_public_methods_are_explained(name: str) -> None:
+    """Each public method and property of a public class of ours is explained where it, or what it overrides, is."""
+    cls = getattr(asyncmodels, name)
+    methods = [
+        method
+        for base in cls.__mro__
+        if base.__module__.startswith("asyncmodels")
+        for method, value in vars(base).items()
+        if not method.startswith("_") and (inspect.isroutine(value) or isinstance(value, property))
+    ]
+    assert [method for method in methods if method not in OBVIOUS and not documented(cls, method)] == []
+
+
+def test_the_aliases_of_the_seed_are_the_same_classes() -> None:
+    """smolagents' names stand for our classes."""
+    assert asyncmodels.OpenAIServerModel is asyncmodels.OpenAIModel
+
+
+def test_dir_shows_every_name() -> None:
+    """dir() lists the public names before they were used, too."""
+    assert set(NAMES) <= set(dir(asyncmodels))
+    script = "import asyncmodels; print(*dir(asyncmodels))"
+    listed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert set(NAMES) <= set(listed.stdout.split())
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    """A name that does not exist is an AttributeError, an import of it an ImportError."""
+    with pytest.raises(AttributeError, match="has no attribute 'OpenAiModel'"):
+        _ = asyncmodels.OpenAiModel
+    with pytest.raises(ImportError):
+        exec("from asyncmodels import NoSuchModel")  # noqa: S102  # an import that checkers would refuse
+
+
+def test_a_star_import_brings_exactly_the_names() -> None:
+    """`from asyncmodels import *` works and brings what __all__ says."""
+    namespace: dict[str, Any] = {}
+    exec("from asyncmodels import *", namespace)  # noqa: S102  # the only way to try it inside of a function
+    assert sorted(namespace.keys() - {"__builtins__"}) == NAMES
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    """asyncmodels.__version__ is what pip shows."""
+    assert asyncmodels.__version__ == version("asyncmodels")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_is_public_in_it(name: str) -> None:
+    """Each module has a docstring and, unless it is empty, an __all__ without duplicates whose names exist."""
+    module = importlib.import_module(name)
+    if Path(module.__file__ or "").stat().st_size == 0:
+        return
+    assert module.__doc__
+    public = module.__all__
+    assert len(public) == len(set(public))
+    assert [entry for entry in public if not hasattr(module, entry)] == []
