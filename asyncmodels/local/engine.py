@@ -183,15 +183,17 @@ class Engine:
             try:
                 prompt = await ready.encoder.encode(request)
             except RuntimeError:
-                if worker.ended.done or self._closed:
-                    continue
-                raise
+                if worker.listening:
+                    raise
+                await worker.ended.wait()
+                continue
             sequence = self._sequence(request, prompt, ready, arrived)
             handle = Handle(sequence.id, lambda w=worker, s=sequence: w.cancel(s))  # type: ignore[misc]  # bound early
             job = Job(sequence, handle, ticket, stops, streaming, bool(request.extra.get("ignore_eos", False)))
             ticket.charge(len(prompt))
             if worker.send(job):
                 return handle
+            await worker.ended.wait()
 
     def _sequence(self, request: Request, prompt: tuple[int, ...], ready: Ready, arrived: float) -> Sequence:
         limit = ready.limit

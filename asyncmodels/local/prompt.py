@@ -57,7 +57,8 @@ class PromptEncoder:
         return _tokenize(tokenizer, _render(tokenizer, request, kwargs), special=False)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        # Prompts that are under way are finished: a cancelled future would look as if its caller had been cancelled.
+        self._pool.shutdown(wait=False)
 
     def _own_tokenizer(self) -> Any:
         tokenizer = getattr(self._local, "tokenizer", None)

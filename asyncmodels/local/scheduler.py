@@ -24,6 +24,10 @@ from asyncmodels.local.sequence import Sequence, State
 __all__ = ["Counters", "FairQueue", "Scheduler"]
 
 
+_DEBTORS = 256
+"""How many agents that are not here at the moment are remembered: those that were served most."""
+
+
 class Counters:
     """The virtual token counters: how much each agent was served, for the agents that have anything at stake."""
 
@@ -66,16 +70,17 @@ class Counters:
         level = self._served.get(agent, self._floor)
         self._floor = max(self._floor, level)
         self._served[agent] = level + self.input_weight * tokens
-        if len(self._served) > 2 * len(self._holds) + 64:
+        if len(self._served) > len(self._holds) + 2 * _DEBTORS:
             self._forget_idle()
 
     def charge_output(self, agent: str | None, tokens: int = 1) -> None:
         self._served[agent] = self._served.get(agent, self._floor) + self.output_weight * tokens
 
     def _forget_idle(self) -> None:
-        self._served = {
-            agent: served for agent, served in self._served.items() if agent in self._holds or served > self._floor
-        }
+        idle = [agent for agent in self._served if agent not in self._holds]
+        idle.sort(key=lambda agent: self._served[agent])
+        for agent in idle[:-_DEBTORS]:
+            del self._served[agent]
 
 
 class Queueable(Protocol):

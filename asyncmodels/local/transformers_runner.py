@@ -26,6 +26,8 @@ from asyncmodels.local.weights import Weights, WeightsSpec, load_weights, shared
 __all__ = ["TransformersRunner"]
 
 _PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
+_NOBODY_WAITS = 4
+"""How many times as much a step prefills while nobody decodes, who would have to wait for it."""
 _MEMORY_SHARE = 0.6
 """How much of the free memory the KV memory may take; growing needs room for a copy of a layer on top."""
 
@@ -156,7 +158,8 @@ class TransformersRunner(Runner):
 
     def _prefill(self) -> list[Output]:
         assert self._prefill_tokens is not None  # noqa: S101  # load() sets it
-        plan = plan_prefill([(item.done, item.rest) for item in self._pending], self._prefill_tokens)
+        budget = self._prefill_tokens * (1 if self._rows else _NOBODY_WAITS)
+        plan = plan_prefill([(item.done, item.rest) for item in self._pending], budget)
         together = [self._pending[index] for index in plan.together]
         alone = None if plan.alone is None else self._pending[plan.alone]
         outputs: list[Output] = []

@@ -112,6 +112,11 @@ class Worker:
         atexit.register(self._at_exit)
         self._thread.start()
 
+    @property
+    def listening(self) -> bool:
+        """Whether commands still reach the thread."""
+        return self._listening
+
     def send(self, job: Job) -> bool:
         """Hands over a job; False when the thread does not listen any more."""
         return self._put(job)
@@ -328,9 +333,6 @@ class Worker:
             if isinstance(command, Job):
                 self._jobs[command.sequence] = command
                 self._loops[command.handle.loop] += 1
-        scheduler = ready.scheduler if ready is not None else None
-        self._fail_all(lambda: _closed() if reason is None else _dead(reason), scheduler)
-        self._outbox.flush()
         if ready is not None:
             ready.encoder.close()
         if runner is not None:
@@ -339,9 +341,12 @@ class Worker:
             except Exception as error:
                 reason = reason or error
         atexit.unregister(self._at_exit)
+        # Whoever hears of the end below may come again at once, and must find a worker that has ended.
+        self.ended.set(reason)
+        self._fail_all(lambda: _closed() if reason is None else _dead(reason), ready.scheduler if ready else None)
+        self._outbox.flush()
         if not self.ready.done:
             self.ready.fail(_load_error(self.settings.model_id, reason))
-        self.ended.set(reason)
 
 
 def _closed() -> ClosedError:

@@ -1,0 +1,165 @@
+"""Small things that act like large ones: a tokenizer and a Llama built in code, and a runner that follows a script."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from asyncmodels.local.detokenizer import make_detokenizer
+from asyncmodels.local.engine import Engine
+from asyncmodels.local.runner import Output, Runner, RunnerInfo, Sampled
+from asyncmodels.local.sequence import Sequence
+from asyncmodels.types import Message, Request
+
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+CONTEXT = 256
+
+
+def build_tokenizer() -> Any:
+    """Bytes as tokens, three special ones on top: any text goes in, and most characters take several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<|start|>", "<|end|>", "<|pad|>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|start|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of two layers. Its logits are far apart, so that greedy decoding is stable."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.5,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class ScriptedRunner(Runner):
+    """Answers with the bytes of ``text``, over and over. Steps wait for ``go``; ``before_step`` may raise."""
+
+    text: str = "abcdefghijklmnopqrstuvwxyz"
+    context_length: int = CONTEXT
+    go: threading.Event = field(default_factory=threading.Event)
+    stepping: threading.Event = field(default_factory=threading.Event)
+    before_load: Callable[[], None] = lambda: None
+    before_step: Callable[[list[Sequence]], None] = lambda _: None
+    output: Callable[[Sequence, int], Output] | None = None
+    kv_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        self.go.set()
+        self.rows: list[Sequence] = []
+        self.seen: list[list[Sequence]] = []
+        self.threads: set[str] = set()
+        self.resets = 0
+        self.closed = 0
+
+    def load(self) -> RunnerInfo:
+        self.before_load()
+        tokenizer = build_tokenizer()
+        self.tokens = tokenizer(self.text, add_special_tokens=False)["input_ids"]
+        return RunnerInfo(
+            tokenizer=tokenizer,
+            detokenizer=make_detokenizer(tokenizer),
+            context_length=self.context_length,
+            eos_token_ids=frozenset([1]),
+            max_tokens=self.kv_tokens,
+        )
+
+    def insert(self, sequences: Iterable[Sequence], /) -> None:
+        self.rows.extend(sequences)
+
+    def step(self) -> list[Output]:
+        self.threads.add(threading.current_thread().name)
+        self.stepping.set()
+        self.go.wait()
+        self.before_step(self.rows)
+        self.seen.append(list(self.rows))
+        make = self.output or (lambda sequence, token: Sampled(sequence, token))
+        return [make(row, self.tokens[len(row.output) % len(self.tokens)]) for row in self.rows]
+
+    def remove(self, sequences: Iterable[Sequence], /) -> None:
+        gone = set(sequences)
+        self.rows = [row for row in self.rows if row not in gone]
+
+    def reset(self) -> None:
+        self.resets += 1
+        self.rows.clear()
+
+    def close(self) -> None:
+        self.closed += 1
+        self.rows.clear()
+
+
+@pytest.fixture
+def runner() -> ScriptedRunner:
+    return ScriptedRunner()
+
+
+@pytest.fixture
+def scripted() -> type[ScriptedRunner]:
+    return ScriptedRunner
+
+
+@pytest.fixture
+def ask() -> Callable[..., Request]:
+    """Makes a Request out of a prompt and fields."""
+
+    def make(prompt: str = "hello", **fields: Any) -> Request:
+        return Request(messages=(Message("user", prompt),), **fields)
+
+    return make
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Callable[..., Engine]]:
+    """Makes engines over given runners, one after the other, and closes them in the end."""
+    engines: list[tuple[Engine, tuple[ScriptedRunner, ...]]] = []
+
+    def make(*runners: ScriptedRunner, **settings: Any) -> Engine:
+        lives = iter(runners)
+        engine = Engine(lambda: next(lives), model_id="scripted", **settings)
+        engines.append((engine, runners))
+        return engine
+
+    yield make
+    for engine, runners in engines:
+        for runner in runners:
+            runner.go.set()
+        await engine.aclose()
