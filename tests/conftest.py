@@ -1,0 +1,38 @@
+"""What all tests share: a clean environment, and a real HTTP server that misbehaves on demand."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.server.handle import Server, running
+
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+_CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
+_PREFIXES = (
+    "OPENAI_",
+    "AZURE_OPENAI_",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "AWS_",
+    "ANTHROPIC_",
+    "LITELLM_",
+    "OPENROUTER_",
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may see, or send, the keys and proxies of whoever runs it."""
+    for name in list(os.environ):
+        if name.lower() in _PROXIES or name in _CERTIFICATES or name.startswith(_PREFIXES):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The misbehaving server, in a process of its own; ``tests/server/handle.py`` says how to use it."""
+    with running(tmp_path_factory.mktemp("server")) as handle:
+        yield handle
