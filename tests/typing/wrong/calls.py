@@ -20,7 +20,7 @@ async def calls(model: Model) -> None:
 
 
 async def forgotten(model: Model) -> None:
-    print(model.generate("Hi.").content)  # error: [attr-defined]
+    len(model.generate("Hi.").content)  # error: [attr-defined]
     for _ in model.stream("Hi."):  # error: [attr-defined]
         pass
     with model.stream("Hi."):  # error: [attr-defined]
