@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
 
 from asyncmodels.attempt import Attempt
 from asyncmodels.backend import Backend, Capabilities, Statistical, compose, links
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from asyncmodels.sync import SyncModel
 
 __all__ = ["Messages", "Model", "Statistics", "Stream"]
-
-T = TypeVar("T")
 
 Messages: TypeAlias = str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any] | Any] | Request
 """What ``generate`` and ``stream`` take: a string, dicts in OpenAI's or smolagents' shape, Messages, a Request."""
@@ -226,11 +224,19 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
         self._failure: BaseException | None = None
         self._closed = False
         self._reader: asyncio.Task[Any] | None = None
-        self._interrupted: asyncio.Future[None] | None = None
+        self._interruption: asyncio.Future[None] | None = None
+        self._cancelling = 0
 
     async def __aenter__(self) -> Stream:
         if self._deltas is None and not self._closed:
-            await self._read(self._open)
+            self._occupy()
+            try:
+                await self._open()
+            except BaseException as error:
+                await self._fail(error)
+                raise
+            finally:
+                self._vacate()
         return self
 
     async def __aexit__(
@@ -244,7 +250,25 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
     async def __anext__(self) -> Delta:
         if self._closed:
             raise StopAsyncIteration
-        return await self._read(self._next)
+        self._occupy()
+        try:
+            deltas = self._deltas if self._deltas is not None else await self._open()
+            step = deltas.__anext__()
+            delta = await (step if self._watchdog is None else self._watchdog.watch(step))
+        except StopAsyncIteration:
+            # Built before closing: closing must see an answer that came to its end.
+            self._response = self._finish()
+            await self._close(None)
+            raise
+        except BaseException as error:
+            await self._fail(error)
+            raise
+        finally:
+            self._vacate()
+        if self._first_token is None and (delta.content or delta.reasoning or delta.tool_calls):
+            self._first_token = time.perf_counter() - self._started
+        self._builder.add(delta)
+        return delta
 
     async def response(self) -> Response:
         """The whole answer, as ``generate`` would have returned it; reads what is left of the stream first.
@@ -268,37 +292,30 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
         """
         await self._end(None)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
+    # -- one step -----------------------------------------------------------------------------------------------------
 
-    async def _read(self, step: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """One step of the one reader; however it fails, the stream is over and released."""
+    def _occupy(self) -> None:
         if self._reader is not None:
             raise ConfigurationError("A stream is read by one task at a time.")
-        _require_asyncio()
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  # a running coroutine has a task under asyncio
-        cancelling = task.cancelling()
-        self._reader = task
-        try:
-            return await step()
-        except StopAsyncIteration:
-            # Built before closing: closing must see an answer that came to its end.
-            self._response = self._finish()
-            await self._close(None)
-            raise
-        except BaseException as error:
-            # The one cancel that _end asked for is not the caller's; any other still is.
-            closed = self._interrupted is not None and task.cancelling() - 1 <= cancelling
-            await self._close(None if closed else error)
-            if closed and isinstance(error, asyncio.CancelledError):
-                raise ClosedError("This stream was closed while it was read.") from None
-            raise
-        finally:
-            self._reader = None
-            if self._interrupted is not None:
-                task.uncancel()
-                self._interrupted.set_result(None)
-                self._interrupted = None
+        if self._loop is None:
+            _require_asyncio()
+        self._reader = asyncio.current_task()
+
+    def _vacate(self) -> None:
+        reader, self._reader = self._reader, None
+        if self._interruption is not None and reader is not None:
+            reader.uncancel()
+            self._interruption.set_result(None)
+            self._interruption = None
+
+    async def _fail(self, error: BaseException) -> None:
+        """However a step fails, the stream is over and released."""
+        reader = self._reader
+        # The one cancel that _end asked for is not the caller's; any other still is.
+        closed = self._interruption is not None and reader is not None and reader.cancelling() - 1 <= self._cancelling
+        await self._close(None if closed else error)
+        if closed and isinstance(error, asyncio.CancelledError):
+            raise ClosedError("This stream was closed while it was read.") from None
 
     async def _open(self) -> AsyncIterator[Delta]:
         self._model._check_open()
@@ -322,15 +339,6 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
         self._answer = answer
         return deltas
 
-    async def _next(self) -> Delta:
-        deltas = self._deltas if self._deltas is not None else await self._open()
-        step = deltas.__anext__()
-        delta = await (step if self._watchdog is None else self._watchdog.watch(step))
-        if self._first_token is None and (delta.content or delta.reasoning or delta.tool_calls):
-            self._first_token = time.perf_counter() - self._started
-        self._builder.add(delta)
-        return delta
-
     def _finish(self) -> Response:
         response = self._builder.response()
         total = time.perf_counter() - self._started
@@ -345,10 +353,11 @@ class Stream(AbstractAsyncContextManager["Stream"], AsyncIterator[Delta]):
         if reader is None or self._closed:
             await self._close(error)
             return
-        if self._interrupted is None:
-            self._interrupted = asyncio.get_running_loop().create_future()
+        if self._interruption is None:
+            self._interruption = asyncio.get_running_loop().create_future()
+            self._cancelling = reader.cancelling()
             reader.cancel()
-        await asyncio.shield(self._interrupted)
+        await asyncio.shield(self._interruption)
         await self._close(error)
 
     async def _close(self, error: BaseException | None) -> None:

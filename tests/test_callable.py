@@ -23,6 +23,7 @@ from asyncmodels.errors import (
     UnsupportedError,
 )
 from asyncmodels.policies.retry import Retry
+from asyncmodels.testing import FakeClock
 from asyncmodels.types import Choice, Delta, ImagePart, Message, Response, ToolCall, ToolCallDelta, Usage
 
 SOON = 0.02
@@ -148,7 +149,7 @@ async def test_leaving_early_closes_the_generator(how: str) -> None:
         assert str(await model.stream("hi", stop_sequences=["two"]).response()) == "one"
     else:
         reader = asyncio.create_task(model.stream("hi").response())
-        await asyncio.sleep(0.01)
+        await FakeClock().settle()
         reader.cancel()
         with pytest.raises(asyncio.CancelledError):
             await reader
@@ -199,7 +200,7 @@ async def test_a_cancelled_call_leaves_a_sync_function_to_itself() -> None:
         with pytest.raises(CallTimeoutError):
             await model.generate("hi", timeout=SOON)
         call = asyncio.create_task(model.generate("hi"))
-        await asyncio.sleep(0.01)
+        await FakeClock().settle()
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call

@@ -380,7 +380,7 @@ async def test_a_cancel_in_any_phase_leaves_nothing(phase: str, verb: str) -> No
             await model.stream(messages, **params).response()
 
     task = asyncio.create_task(call())
-    await asyncio.sleep(0.01)
+    await FakeClock().settle()
     assert not task.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -27,7 +27,7 @@ from asyncmodels.errors import (
 from asyncmodels.model import Model, Stream
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
-from asyncmodels.testing import EVERYTHING, Delay, ScriptedBackend
+from asyncmodels.testing import EVERYTHING, Delay, FakeClock, ScriptedBackend
 from asyncmodels.types import Delta, Request, Response, ToolCall, Usage
 
 SOON = 0.02
@@ -40,8 +40,7 @@ def model_of(backend: Backend) -> Model:
 
 
 async def assert_idle(model: Model, backend: ScriptedBackend) -> None:
-    for _ in range(5):  # what garbage collection gives back takes some turns of the loop
-        await asyncio.sleep(0)
+    await FakeClock().settle()  # what garbage collection gives back takes some turns of the loop
     now = model.statistics()
     assert (now.running, now.waiting, backend.running) == (0, 0, 0)
     assert len(asyncio.all_tasks()) == 1
@@ -360,7 +359,7 @@ async def test_closing_while_another_task_reads(stage: str, limits: dict[str, An
             cancelling.append(task.cancelling())
 
     reader = asyncio.create_task(read())
-    await asyncio.sleep(0.01)
+    await FakeClock().settle()
     await asyncio.wait_for(stream.aclose(), 5)
     assert backend.running == 0
     with pytest.raises(ClosedError, match="closed"):
@@ -376,7 +375,7 @@ async def test_cancelling_the_reader(stage: str, limits: dict[str, Any]) -> None
     backend = STAGES[stage]()
     model = model_of(backend)
     reader = asyncio.create_task(model.stream("Hi.", **limits).response())
-    await asyncio.sleep(0.01)
+    await FakeClock().settle()
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
@@ -395,7 +394,7 @@ async def test_cancelling_a_reader_inside_its_context_manager() -> None:
                 pass
 
     reader = asyncio.create_task(read())
-    await asyncio.sleep(0.01)
+    await FakeClock().settle()
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader
