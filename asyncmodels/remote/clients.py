@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import concurrent.futures
 import os
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -15,6 +17,7 @@ from weakref import WeakKeyDictionary
 import httpx2
 
 from asyncmodels.errors import MissingExtraError
+from asyncmodels.remote.dial import trust
 from asyncmodels.remote.proxies import Proxies
 from asyncmodels.remote.transport import AsyncioTransport
 
@@ -25,6 +28,7 @@ TransportChoice: TypeAlias = (
 )
 
 _KEEP_ALIVE = 30.0
+_EXIT_PATIENCE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,15 @@ async def give_back(loop: asyncio.AbstractEventLoop, face: Face) -> None:
         asyncio.run_coroutine_threadsafe(face.aclose(), loop)
 
 
+@atexit.register
+def _close_at_exit() -> None:
+    """Closes the clients of loops that run in daemon threads, which the interpreter would cut off in mid-air."""
+    with _FACES_LOCK:
+        faces = [(loop, face) for loop, shared in _FACES.items() if loop.is_running() for face in shared.values()]
+    closing = [asyncio.run_coroutine_threadsafe(face.aclose(), loop) for loop, face in faces]
+    concurrent.futures.wait(closing, timeout=_EXIT_PATIENCE)
+
+
 def _new_client(settings: Settings) -> tuple[httpx2.AsyncClient, AsyncioTransport | None]:
     kind = settings.transport
     if kind == "auto":
@@ -121,6 +134,7 @@ def _new_client(settings: Settings) -> tuple[httpx2.AsyncClient, AsyncioTranspor
             transport=transport,
             timeout=settings.timeout,
             http2=settings.http2 and transport is None,
+            verify=trust(http2=settings.http2) if transport is None else True,
             follow_redirects=True,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE),
             # What one model's provider sets must not travel with another model's requests.

@@ -21,14 +21,15 @@ _FIRST_ADDRESS_SHARE = 0.25
 _WINDOWS_BUFFER = 16 * 1024
 
 
-def trust() -> ssl.SSLContext:
+def trust(*, http2: bool = False) -> ssl.SSLContext:
     """The certificates to trust: ``SSL_CERT_FILE``, else ``SSL_CERT_DIR``, else those of the operating system."""
-    return _trust(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
+    return _trust(os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"), http2)
 
 
 @lru_cache(maxsize=8)
-def _trust(_file: str | None, _directory: str | None) -> ssl.SSLContext:
-    # Reading the store takes tens of milliseconds, so it is done once; httpx2 reads the two variables itself.
+def _trust(_file: str | None, _directory: str | None, _http2: bool) -> ssl.SSLContext:
+    # Reading the store takes tens of milliseconds, so it is done once; httpx2 reads the two variables itself. With and
+    # without HTTP/2 are two contexts, because httpx2's transport writes the protocols that it offers into its own.
     context = httpx2.create_ssl_context()
     context.set_alpn_protocols(["http/1.1"])
     return context

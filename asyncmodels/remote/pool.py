@@ -34,7 +34,7 @@ import httpx2
 from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError, EventLoopError
 from asyncmodels.remote.clients import Face, Settings, TransportChoice, give_back, take
 from asyncmodels.remote.redirects import redirected
-from asyncmodels.remote.translate import FOREIGN, translate
+from asyncmodels.remote.translate import FOREIGN, cause_of, translate
 from asyncmodels.remote.transport import Body
 
 __all__ = ["HTTPPool", "PoolStatistics", "TransportChoice", "body_of", "translate"]
@@ -119,7 +119,7 @@ class HTTPPool:
                 return _decoded(response)
             return response
         except FOREIGN as error:
-            raise self._translate(error, url) from error
+            raise self._translate(error, url) from cause_of(error)
         finally:
             lease.in_flight -= 1
 
@@ -149,7 +149,7 @@ class HTTPPool:
                     if response.status_code in _REDIRECTS and "location" in response.headers:
                         response = await redirected(lease.client, response, method, url, headers, content, stream=True)
             except FOREIGN as error:
-                raise self._translate(error, url) from error
+                raise self._translate(error, url) from cause_of(error)
             try:
                 yield response
             finally:

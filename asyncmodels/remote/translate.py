@@ -21,7 +21,7 @@ from asyncmodels.errors import (
     TruncatedResponseError,
 )
 
-__all__ = ["FOREIGN", "translate"]
+__all__ = ["FOREIGN", "cause_of", "translate"]
 
 # The last four leave httpx2's own transport untranslated now and then.
 FOREIGN = (
@@ -54,7 +54,9 @@ def translate(error: BaseException, url: httpx2.URL | None = None) -> AsyncModel
             return _not_connected(error, where)
         case httpx2.RemoteProtocolError():
             return _unexpected_end(error, where)
-        case httpx2.UnsupportedProtocol() | httpx2.InvalidURL() | httpx2.LocalProtocolError():
+        case httpx2.LocalProtocolError():
+            return ConfigurationError("A header holds a line break or another character that HTTP does not allow.")
+        case httpx2.UnsupportedProtocol() | httpx2.InvalidURL():
             return ConfigurationError(f"The request to {where} cannot be made: {error}")
         case httpx2.TooManyRedirects():
             return ProtocolError(f"{where} redirects without end.")
@@ -64,6 +66,11 @@ def translate(error: BaseException, url: httpx2.URL | None = None) -> AsyncModel
             return TruncatedResponseError(f"The answer of {where} ended before its end.")
         case _:
             return ConnectionLostError(f"The connection to {where} was lost: {_reason(error)}")
+
+
+def cause_of(error: BaseException) -> BaseException | None:
+    """What to raise the translated error from: ``error``, unless its text quotes a header, which may be a key."""
+    return None if isinstance(error, httpx2.LocalProtocolError) else error
 
 
 def _place(url: httpx2.URL) -> str:

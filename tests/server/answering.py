@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import struct
+from base64 import b64decode
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -66,7 +67,7 @@ async def _body(wire: Wire, script: Answer, method: str, request: dict[str, Any]
     if script.size is not None:
         text = b"x" * script.size
     elif script.body is not None:
-        text = script.body.encode()
+        text = b64decode(script.body) if script.base64 else script.body.encode()
         kind = "text/html" if script.body.lstrip().startswith("<") else kind
     else:
         text = completion.whole(script, request).encode()

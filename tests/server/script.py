@@ -28,10 +28,11 @@ Fault: TypeAlias = Literal[
 class Answer:
     """One answer. A body that asks for ``"stream": true`` gets its completion as server-sent events.
 
-    ``body`` replaces the completion by any text (``size`` by so many bytes), ``events`` replaces the ``data:`` of each
-    event. ``pieces`` is how ``content`` is cut up in a stream. With ``echo`` the content is that of the last message.
-    ``delay`` comes before the first byte, ``interval`` between the events of a stream, both in seconds. In a stream,
-    the body faults strike after ``after`` events, or when all pieces were sent.
+    ``body`` replaces the completion by any text, or with ``base64`` by what that decodes to, and ``size`` by so many
+    bytes; ``events`` replaces the ``data:`` of each event. ``pieces`` is how ``content`` is cut up in a stream. With
+    ``echo`` the content is that of the last message. ``delay`` comes before the first byte, ``interval`` between the
+    events of a stream, both in seconds. In a stream, the body faults strike after ``after`` events, or when all pieces
+    were sent.
     """
 
     content: str | None = "Hello from the test server."
@@ -42,6 +43,7 @@ class Answer:
     status: int = 200
     headers: Sequence[tuple[str, str]] = ()
     body: str | None = None
+    base64: bool = False
     size: int | None = None
     pieces: Sequence[str] | None = None
     events: Sequence[str] | None = None
