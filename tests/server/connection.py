@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
@@ -21,6 +22,7 @@ class State:
 
     records: Records
     scripts: dict[str, list[Answer]] = field(default_factory=dict)
+    open: defaultdict[str, set[Connection]] = field(default_factory=lambda: defaultdict(set))
 
 
 class Connection(asyncio.Protocol):
@@ -45,6 +47,7 @@ class Connection(asyncio.Protocol):
         self._gone()
         for key in self._keys:
             self._state.records[key].open -= 1
+            self._state.open[key].discard(self)
         self._keys.clear()
         self._state.records.changed()
 
@@ -123,6 +126,7 @@ class Connection(asyncio.Protocol):
         record.requests.append({"method": method, "target": target, "headers": headers, "body": body.decode("latin-1")})
         if key not in self._keys:
             self._keys.add(key)
+            self._state.open[key].add(self)
             record.connections += 1
             record.open += 1
         record.in_progress += 1
@@ -148,6 +152,7 @@ class Connection(asyncio.Protocol):
             "script": self._set_script,
             "seen": self._seen,
             "wait": self._wait,
+            "close": self._close,
         }
         text = json.dumps(await verbs[verb](key, target, body)).encode()
         await self.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(text), text))
@@ -158,6 +163,11 @@ class Connection(asyncio.Protocol):
 
     async def _seen(self, key: str, _target: str, _body: bytes) -> object:
         return self._state.records[key].to_dict()
+
+    async def _close(self, key: str, _target: str, _body: bytes) -> object:
+        for connection in list(self._state.open[key]):
+            connection.transport.close()
+        return (await self._state.records.wait(key, {"open": 0})).to_dict()
 
     async def _wait(self, key: str, target: str, _body: bytes) -> object:
         wanted = {name: int(values[0]) for name, values in parse_qs(urlsplit(target).query).items()}

@@ -89,6 +89,10 @@ class Place:
     def seen(self) -> Seen:
         return self.server.seen(self.key)
 
+    def close(self) -> None:
+        """Makes the server close the connections that are open here, and returns when it has."""
+        self.server.close(self.key)
+
     async def until(self, **counts: int) -> Seen:
         """Waits until the counts of ``Seen`` are as given, ``requests`` being how many: ``until(closed_early=1)``."""
         return await self.server.until(self.key, **counts)
@@ -114,6 +118,9 @@ class Server:
 
     def seen(self, key: str) -> Seen:
         return _seen(self._control("seen", key))
+
+    def close(self, key: str) -> None:
+        self._control("close", key)
 
     async def until(self, key: str, **counts: int) -> Seen:
         """Waits in the server, not by asking again; AssertionError when it does not come about."""

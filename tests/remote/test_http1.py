@@ -1,0 +1,218 @@
+"""Reading HTTP/1.1, however the bytes are cut up, and refusing what is not."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+
+import httpx2
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asyncmodels.remote.http1 import Connection, request_head
+
+
+class _Socket(asyncio.Transport):
+    """Keeps what is written and notes whether reading is paused; the other end is the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.aborted = False
+        self.paused = False
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += data
+
+    def abort(self) -> None:
+        self.aborted = True
+
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+
+@dataclass
+class _Line:
+    connection: Connection
+    socket: _Socket
+
+
+def open_line(*, streaming: bool = False, method: str = "POST") -> _Line:
+    connection = Connection(
+        asyncio.get_running_loop(), memoryview(bytearray(1024)), lambda _made: None, lambda _lost: None
+    )
+    socket = _Socket()
+    connection.connection_made(socket)
+    connection.send(b"HEAD", b"BODY", method=method, timeout=None, streaming=streaming)
+    return _Line(connection, socket)
+
+
+async def read_in(parts: list[bytes], *, method: str = "POST", then_close: bool = False) -> tuple[Connection, bytes]:
+    line = open_line(method=method)
+    for part in parts:
+        line.connection.feed(part)
+    if then_close:
+        line.connection.connection_lost(None)
+    return line.connection, await line.connection.whole()
+
+
+LENGTH = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 11\r\n\r\nhello world"
+CHUNKED = (
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"5\r\nhello\r\n6;ext=1\r\n world\r\n0\r\nTrailer: ignored\r\n\r\n"
+)
+INTERIM = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + LENGTH
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.sampled_from([LENGTH, CHUNKED, INTERIM]), st.lists(st.integers(0, 200), max_size=12))
+def test_it_does_not_matter_where_the_bytes_are_cut(message: bytes, cuts: list[int]) -> None:
+    """Any division of the same bytes is the same answer, and leaves the connection ready for the next."""
+    places = sorted({min(cut, len(message)) for cut in cuts} | {0, len(message)})
+    parts = [message[begin:end] for begin, end in pairwise(places)]
+    connection, body = asyncio.run(read_in(parts))
+    assert (connection.status, connection.reason, body) == (200, b"OK", b"hello world")
+    assert connection.reusable
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5), st.booleans())
+def test_garbage_never_escapes(garbage: bytes, cuts: list[int], after_a_head: bool) -> None:
+    """Whatever a server sends, the outcome is an answer or an error of httpx2's; nothing hangs, nothing else is raised."""
+
+    async def feed() -> None:
+        line = open_line()
+        message = (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" if after_a_head else b"") + garbage
+        places = sorted({min(cut, len(message)) for cut in cuts} | {0, len(message)})
+        for begin, end in pairwise(places):
+            line.connection.feed(message[begin:end])
+        line.connection.connection_lost(None)
+        with suppress(httpx2.RemoteProtocolError):
+            await line.connection.whole()
+
+    asyncio.run(feed())
+
+
+@pytest.mark.parametrize(
+    ("message", "body", "kept"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", b"", True),
+        (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b"", True),
+        (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", b"", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nab", b"ab", True),
+        (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nab", b"ab", False),
+        (b"HTTP/1.1 200 OK\r\nConnection: upgrade, Close\r\nContent-Length: 2\r\n\r\nab", b"ab", False),
+        (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nab", b"ab", False),
+        (b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nab", b"ab", True),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nabc", b"ab", False),
+        (
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: 9\r\n\r\n2\r\nab\r\n0\r\n\r\n",
+            b"ab",
+            False,
+        ),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\nHTTP", b"ab", False),
+        (b"HTTP/1.1 101 Switching Protocols\r\n\r\n", b"", False),
+    ],
+)
+async def test_where_a_body_ends(message: bytes, body: bytes, kept: bool) -> None:
+    """The rules of RFC 9112 for the length of a body, and for whether the connection lives on."""
+    connection, got = await read_in([message])
+    assert got == body
+    assert connection.reusable is kept
+
+
+async def test_a_body_without_a_length_ends_with_the_connection() -> None:
+    """Neither a length nor chunks: everything until the server closes belongs to the body."""
+    connection, body = await read_in([b"HTTP/1.1 200 OK\r\n\r\nall of", b" it"], then_close=True)
+    assert body == b"all of it"
+    assert not connection.reusable
+
+
+async def test_the_answer_to_head_has_no_body() -> None:
+    """Whatever Content-Length says."""
+    connection, body = await read_in([b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"], method="HEAD")
+    assert body == b""
+    assert connection.reusable
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"HTTP/2 200 OK\r\n\r\n",
+        b"<html>",
+        b"HTTP/1.1 20 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nbad name: 1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nA: 1\r\n folded\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n: no name\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1e3\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"a" * 20_000,
+        b"HTTP/1.1 200 OK\r\nX: " + b"a" * 300_000,
+    ],
+)
+async def test_what_is_not_http_is_refused_at_once(message: bytes) -> None:
+    """Without waiting for more: the error is there, the connection closed."""
+    line = open_line()
+    line.connection.feed(message)
+    assert line.socket.aborted
+    with pytest.raises(httpx2.RemoteProtocolError, match="malformed"):
+        await line.connection.whole()
+
+
+async def test_a_slow_reader_stops_the_server() -> None:
+    """Of a stream that nobody reads, only so much is taken in; reading takes up the flow again."""
+    line = open_line(streaming=True)
+    line.connection.feed(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+    line.connection.feed(b"x" * 200_000)
+    first = line.socket.paused
+    line.connection.feed(b"x" * 200_000)
+    second = line.socket.paused
+    assert len(await line.connection.piece()) == 400_000
+    assert (first, second, line.socket.paused) == (False, True, False)
+
+
+async def test_an_idle_connection_that_speaks_is_closed() -> None:
+    """What a server says unasked belongs to no request."""
+    line = open_line()
+    line.connection.feed(LENGTH)
+    await line.connection.whole()
+    line.connection.rest(0.0)
+    before = line.connection.usable
+    line.connection.feed(b"HTTP/1.1 408 Request Timeout\r\n\r\n")
+    assert line.socket.aborted
+    assert (before, line.connection.usable) == (True, False)
+
+
+def test_a_request_s_head() -> None:
+    """The caller's headers in their order, without those that are ours to say."""
+    headers = httpx2.Headers([("X-One", "1"), ("Host", "other"), ("content-length", "99"), ("Connection", "close")])
+    assert request_head(b"POST / HTTP/1.1\r\nHost: h", headers.raw, b"Content-Length: 2\r\n\r\n") == (
+        b"POST / HTTP/1.1\r\nHost: h\r\nX-One: 1\r\nContent-Length: 2\r\n\r\n"
+    )
+
+
+@pytest.mark.parametrize("value", [b"a\nb: c", b"a\r", b"a\0", b"a\r\n\r\nGET /"])
+def test_a_header_cannot_break_out_of_its_line(value: bytes) -> None:
+    """Neither a value nor a name smuggles in another header or request."""
+    with pytest.raises(httpx2.LocalProtocolError):
+        request_head(b"POST / HTTP/1.1\r\nHost: h", [(b"x", value)], b"\r\n")
+    with pytest.raises(httpx2.LocalProtocolError):
+        request_head(b"POST / HTTP/1.1\r\nHost: h", [(value, b"x")], b"\r\n")
