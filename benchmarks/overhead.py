@@ -8,8 +8,7 @@ Each measurement runs in a process of its own against the server of ``benchmarks
 clients take turns within each round, so that a noisy neighbour hits all of them. CPU is the process's own, user and
 system, threads included, after a warm-up that fills the connection pool. ``raw aiohttp`` is
 ``session.post(json=...)`` and ``response.json()``, and for streams a loop over lines with ``json.loads``; the openai
-package runs with ``max_retries=0``
-and a generous time limit, and asyncmodels with its default policies.
+package runs with ``max_retries=0`` and a generous time limit, asyncmodels with its default policies.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from server import running
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere, by its path
+
+from benchmarks.server import running  # noqa: E402  # found by the line above
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "You are a helpful assistant. Answer in one sentence."},

@@ -99,7 +99,7 @@ def test_unknown_client_kwargs() -> None:
 def test_unknown_defaults_are_refused_at_once() -> None:
     """A typo in a default must not wait for the first call."""
     with pytest.raises(InvalidRequestError, match="temperature"):
-        OpenAIModel("m", api_key=KEY, temprature=1)
+        OpenAIModel("m", api_key=KEY, temprature=1)  # type: ignore[call-arg]  # the typo is the point
 
 
 def test_max_retries_sets_our_one_retry_layer() -> None:
