@@ -29,7 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere, by its path
 
-from benchmarks.server import running  # noqa: E402  # found by the line above
+from benchmarks.server import running  # found by the line above
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "You are a helpful assistant. Answer in one sentence."},
