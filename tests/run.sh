@@ -38,7 +38,8 @@ install() {
         "$venv/bin/python" -m pip install --quiet "torch==2.13.0"
     fi
     "$venv/bin/python" -m pip install --quiet --editable ".[openai,smollm,images]" --group test
-    # Some tests hand smolagents' own objects over; of its dependencies they need none that is not here already.
+    # Some tests hand smolagents' own objects over. Its import needs python-dotenv; the rest of what it asks for is here.
+    "$venv/bin/python" -m pip install --quiet python-dotenv
     "$venv/bin/python" -m pip install --quiet --no-deps "smolagents>=1.26,<2"
 }
 
