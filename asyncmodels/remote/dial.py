@@ -11,7 +11,8 @@ from functools import lru_cache
 
 import httpx2
 
-from asyncmodels.remote.http1 import Connection, request_head
+from asyncmodels.remote.connection import Connection
+from asyncmodels.remote.http1 import request_head
 from asyncmodels.remote.proxies import Proxies, Proxy
 
 __all__ = ["Origin", "trust"]

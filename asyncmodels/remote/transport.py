@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator
 
 import httpx2
 
+from asyncmodels.remote.connection import Connection
 from asyncmodels.remote.dial import Origin
-from asyncmodels.remote.http1 import Connection, request_head
+from asyncmodels.remote.http1 import request_head
 from asyncmodels.remote.proxies import Proxies
 
 __all__ = ["AsyncioTransport"]
@@ -123,8 +124,14 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
                 connection.send(head, content, method=request.method, timeout=read, streaming=True)
             else:
                 assert isinstance(request.stream, httpx2.AsyncByteStream)  # noqa: S101  # AsyncClient has checked it
-                chunked = "content-length" not in request.headers
-                await connection.send_parts(head, request.stream, method=request.method, timeout=read, chunked=chunked)
+                await connection.send_parts(
+                    head,
+                    request.stream,
+                    method=request.method,
+                    timeout=read,
+                    write_timeout=timeouts.get("write", read),
+                    chunked="content-length" not in request.headers,
+                )
             await connection.head()
         except BaseException:
             self._drop(connection)

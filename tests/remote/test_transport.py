@@ -142,6 +142,20 @@ async def test_an_upload_that_fails_closes_the_connection(client: httpx2.AsyncCl
     assert [request.json() for request in seen.requests] == [BODY]
 
 
+async def test_an_upload_that_nobody_takes(client: httpx2.AsyncClient, server: Server) -> None:
+    """A server that stops reading is WriteTimeout for a body in parts, and ReadTimeout for one that was handed over."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        while True:
+            yield b"x" * 100_000
+
+    url = server.silent_url.replace("https://", "http://")
+    with pytest.raises(httpx2.WriteTimeout):
+        await client.post(url, content=parts(), timeout=httpx2.Timeout(60.0, write=0.1))
+    with pytest.raises(httpx2.ReadTimeout):
+        await client.post(url, content=b"x" * 20_000_000, timeout=httpx2.Timeout(60.0, read=0.1))
+
+
 async def test_fetch_and_the_client_agree(server: Server) -> None:
     """The cheap way gives the response that the client gives, body and all."""
     place = server.script(Answer(body='{"a": "ü"}', headers=[("x-request-id", "1")]))
@@ -211,6 +225,30 @@ async def test_a_lookup_that_fails_fails_for_all_who_wait() -> None:
         assert isinstance(outcome, httpx2.ConnectError)
     with pytest.raises(httpx2.ConnectError):
         await transport.fetch("GET", url, httpx2.Headers(), None)
+    await transport.aclose()
+
+
+async def test_whoever_gives_up_takes_the_lookup_from_nobody(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that wait for the same name, one may be cancelled and the other still gets its answer."""
+    loop = asyncio.get_running_loop()
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+    original = loop.getaddrinfo
+
+    async def slow(*args: object, **kwargs: object) -> object:
+        asked.set()
+        await may_answer.wait()
+        return await original(*args, **kwargs)  # type: ignore[arg-type]  # passed on as it came
+
+    monkeypatch.setattr(loop, "getaddrinfo", slow)
+    transport = AsyncioTransport()
+    url = httpx2.URL(server.script().url.replace("127.0.0.1", "localhost"))
+    first, second = (asyncio.create_task(transport.fetch("POST", url, httpx2.Headers(), b"{}")) for _ in range(2))
+    await asked.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    may_answer.set()
+    assert (await second).status_code == 200
     await transport.aclose()
 
 
