@@ -41,8 +41,10 @@ from asyncmodels.errors import ServerError
 from asyncmodels.model import Model
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
+from asyncmodels.remote.openai import OpenAIModel
 from asyncmodels.testing import Delay, Reply, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request
+from tests.server.script import Answer
 
 __all__ = ["CASES", "Behaviour", "Case"]
 
@@ -82,7 +84,7 @@ class Case(_Settings):
     open: Open
 
 
-# -- the cases of this package that need neither server nor weights ---------------------------------------------------
+# -- the cases of this package ---------------------------------------------------
 
 
 def say(text: str) -> str:
@@ -129,6 +131,22 @@ def function(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     return CallableModel(respond)
 
 
+def ask_by_script(behaviour: Behaviour, text: str) -> Request:
+    """Tells the test server in the request itself what to do with it."""
+    answers = {
+        Behaviour.ANSWER: Answer(content=say(text), obey=True),
+        Behaviour.HANG: Answer(fault="hang"),
+        Behaviour.STALL: Answer(content=say(text), fault="hang_in_body", after=3),
+        Behaviour.FAIL: Answer(status=500),
+    }
+    return Request(messages=(Message("user", text),), extra={"x_script": answers[behaviour].to_json()})
+
+
+def openai_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    url = f"{fixture('server').script().url}/v1"
+    return OpenAIModel("m", api_base=url, api_key="k", policies=(retry, gate))
+
+
 retry = partial(Retry, attempts=2, wait_initial=0, wait_max=0)
 gate = partial(Concurrency, limit=4)
 
@@ -139,4 +157,5 @@ CASES = [
     Case("retry-concurrency", chain(retry, gate)),
     Case("model", face),
     Case("callable", function),
+    Case("openai", openai_at, ask=ask_by_script),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from tests.server.script import Answer
@@ -15,6 +16,7 @@ _USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 
 def whole(answer: Answer, request: dict[str, Any]) -> str:
     """The JSON of a ``chat.completion``."""
+    answer = _obeyed(answer, request)
     message: dict[str, Any] = {"role": "assistant", "content": _content(answer, request)}
     if answer.tool_calls:
         message["tool_calls"] = list(answer.tool_calls)
@@ -27,6 +29,7 @@ def events(answer: Answer, request: dict[str, Any]) -> list[str]:
     """What stands after ``data:`` in each event of the stream."""
     if answer.events is not None:
         return list(answer.events)
+    answer = _obeyed(answer, request)
     content = _content(answer, request)
     pieces = answer.pieces if answer.pieces is not None else _words(content)
     found = [_chunk({"role": "assistant"})]
@@ -52,6 +55,17 @@ def events(answer: Answer, request: dict[str, Any]) -> list[str]:
 def _chunk(delta: dict[str, Any], finish_reason: str | None = None) -> str:
     choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
     return json.dumps({**_HEAD, "object": "chat.completion.chunk", "choices": [choice]})
+
+
+def _obeyed(answer: Answer, request: dict[str, Any]) -> Answer:
+    """The answer as a model gives it that counts words as tokens and heeds ``max_tokens``."""
+    if not answer.obey:
+        return answer
+    words = _words(_content(answer, request))
+    kept = words[: request.get("max_tokens", len(words))]
+    usage = {"prompt_tokens": len(_words(json.dumps(request["messages"]))), "completion_tokens": len(kept)}
+    reason = answer.finish_reason if kept == words else "length"
+    return replace(answer, content="".join(kept), echo=False, usage=usage, finish_reason=reason)
 
 
 def _content(answer: Answer, request: dict[str, Any]) -> str | None:

@@ -10,7 +10,8 @@ A test makes itself a place on the server with ``server.script(...)`` and sends 
 
 Each request gets the next Answer, those after the last get the last. Any path below the place will do; a body with
 ``"stream": true`` is answered with server-sent events. An ``x-script`` header with the JSON of an Answer
-(``answer.to_json()``) goes before the script. Places do not see each other, so tests can run side by side.
+(``answer.to_json()``), or an ``x_script`` in the JSON body, goes before the script. Places do not see each other, so
+tests can run side by side.
 
 Other ends of the server: ``refused_url`` (nobody listens), ``closing_url`` (closes each connection unread),
 ``silent_url`` (connects and never says anything, so that a TLS handshake never ends), ``proxy_url``; ``tls_url`` has a
