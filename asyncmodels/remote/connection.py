@@ -153,15 +153,19 @@ class Connection(AnswerReader, asyncio.BufferedProtocol):
 
     async def piece(self) -> bytes:
         """What has arrived of the body since the last call, as soon as there is any; ``b""`` at its end."""
-        while not self.pieces:
+        pieces = self.pieces
+        while not pieces:
             if self.phase == DONE:
                 return b""
             if self.error is not None:
                 raise self.error
             await self._wait()
+            pieces = self.pieces
         if self._paused:
             self._resume()
-        return self.take()
+        self.pieces = []
+        self.held = 0
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def rest(self, now: float) -> None:
         """Makes it ready for the next request, at the loop's time ``now``."""
@@ -187,24 +191,23 @@ class Connection(AnswerReader, asyncio.BufferedProtocol):
 
     # -- waiting ------------------------------------------------------------------------------------------------------
 
-    async def _wait(self) -> None:
-        self._waiter = self._loop.create_future()
+    def _wait(self) -> asyncio.Future[None]:
+        """What to await until something arrives or fails; the time that this may take begins now."""
+        loop = self._loop
         if self._timeout is not None:
-            deadline = self._deadline = self._loop.time() + self._timeout
-            if self._timer is None:
-                self._timer = self._loop.call_at(deadline, self._on_time)
-            elif self._timer.when() > deadline:
-                self._timer.cancel()
-                self._timer = self._loop.call_at(deadline, self._on_time)
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+            deadline = self._deadline = loop.time() + self._timeout
+            timer = self._timer
+            if timer is None or timer.when() > deadline:
+                self._stop_timer()
+                self._timer = loop.call_at(deadline, self._on_time)
+        waiter = self._waiter = loop.create_future()
+        return waiter
 
     def _on_time(self) -> None:
         # The timer outlives the wait that started it: moving it costs more than looking again when it rings.
         self._timer = None
-        if self._waiter is None or self._timeout is None or self._transport is None:
+        waiting = self._waiter is not None and not self._waiter.done()
+        if not waiting or self._timeout is None or self._transport is None:
             return
         unsent = self._transport.get_write_buffer_size()
         if unsent < self._unsent:
@@ -223,8 +226,10 @@ class Connection(AnswerReader, asyncio.BufferedProtocol):
 
     def _wake(self) -> None:
         waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
 
     async def _writable(self, timeout: float | None) -> None:
         try:
@@ -256,7 +261,7 @@ class Connection(AnswerReader, asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         if self.error is not None:
             return
-        if self._timeout is not None:
+        if self._waiter is not None and self._timeout is not None:
             self._deadline = self._loop.time() + self._timeout
         self.feed(bytes(self._incoming[:nbytes]))
         if self.phase == IDLE:
