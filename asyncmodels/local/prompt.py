@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import queue
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -34,18 +35,19 @@ class PromptEncoder:
     def __init__(
         self, tokenizer: Any, *, template_kwargs: Mapping[str, Any] | None = None, threads: int = 2, name: str = "model"
     ) -> None:
-        self._tokenizer = tokenizer
         self._template_kwargs = dict(template_kwargs or {})
-        self._copying = threading.Lock()
+        # Copied here, where the model is loaded: a copy takes a tenth of a second, in which no event loop gets to run.
+        self._spare = queue.SimpleQueue[Any]()
+        for _ in range(threads):
+            self._spare.put(copy.deepcopy(tokenizer))
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"asyncmodels-prompt-{name}")
 
     async def encode(self, request: Request) -> tuple[int, ...]:
         """The token ids of the prompt. Raises InvalidRequestError where the chat template cannot take the messages."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self.encode_now, request)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, request)
 
-    def encode_now(self, request: Request) -> tuple[int, ...]:
-        """The same on the calling thread."""
+    def _encode(self, request: Request) -> tuple[int, ...]:
         tokenizer = self._own_tokenizer()
         kwargs = {**self._template_kwargs, **request.extra.get("chat_template_kwargs", {})}
         if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
@@ -63,8 +65,7 @@ class PromptEncoder:
     def _own_tokenizer(self) -> Any:
         tokenizer = getattr(self._local, "tokenizer", None)
         if tokenizer is None:
-            with self._copying:
-                tokenizer = self._local.tokenizer = copy.deepcopy(self._tokenizer)
+            tokenizer = self._local.tokenizer = self._spare.get_nowait()
         return tokenizer
 
 

@@ -34,21 +34,21 @@ def encoder(own_tokenizer: Any) -> Iterator[PromptEncoder]:
     encoder.close()
 
 
-def text(encoder: PromptEncoder, tokenizer: Any, *messages: Message, **fields: Any) -> str:
-    decoded: str = tokenizer.decode(encoder.encode_now(Request(messages=messages, **fields)))
+async def text(encoder: PromptEncoder, tokenizer: Any, *messages: Message, **fields: Any) -> str:
+    decoded: str = tokenizer.decode(await encoder.encode(Request(messages=messages, **fields)))
     return decoded
 
 
-def test_the_template_and_nothing_else(encoder: PromptEncoder, tokenizer: Any) -> None:
+async def test_the_template_and_nothing_else(encoder: PromptEncoder, tokenizer: Any) -> None:
     """The prompt is the rendered template with the beginning of an answer; no token is added to it."""
-    rendered = text(encoder, tokenizer, Message("system", "be brief"), Message("user", "hi"))
+    rendered = await text(encoder, tokenizer, Message("system", "be brief"), Message("user", "hi"))
     assert rendered == "<|start|>system\nbe brief<|end|><|start|>user\nhi<|end|><|start|>assistant\n"
 
 
-def test_developers_are_system_and_parts_are_text(encoder: PromptEncoder, tokenizer: Any) -> None:
+async def test_developers_are_system_and_parts_are_text(encoder: PromptEncoder, tokenizer: Any) -> None:
     """Roles that templates do not know, and content in parts, arrive in a shape that they do know."""
     parts = (TextPart("one"), TextPart("two"))
-    rendered = text(encoder, tokenizer, Message("developer", "x"), Message("user", parts))
+    rendered = await text(encoder, tokenizer, Message("developer", "x"), Message("user", parts))
     assert rendered.startswith("<|start|>system\nx<|end|><|start|>user\none\ntwo<|end|>")
 
 
@@ -62,36 +62,38 @@ async def test_many_at_once(encoder: PromptEncoder, own_tokenizer: Any) -> None:
     assert [own_tokenizer.decode(ids) for ids in encoded] == expected
 
 
-def test_a_template_that_wants_roles_to_alternate(own_tokenizer: Any, tokenizer: Any) -> None:
+async def test_a_template_that_wants_roles_to_alternate(own_tokenizer: Any, tokenizer: Any) -> None:
     """Neighbours of one role are merged, and a system prompt goes into the first user message, where it has to be."""
     own_tokenizer.chat_template = ALTERNATING
     encoder = PromptEncoder(own_tokenizer)
-    assert text(encoder, tokenizer, Message("user", "a"), Message("user", "b")) == "[user]a\nb"
-    assert text(encoder, tokenizer, Message("system", "s"), Message("user", "b")) == "[user]s\nb"
+    assert await text(encoder, tokenizer, Message("user", "a"), Message("user", "b")) == "[user]a\nb"
+    assert await text(encoder, tokenizer, Message("system", "s"), Message("user", "b")) == "[user]s\nb"
     with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        text(encoder, tokenizer, Message("assistant", "a"), Message("user", "b"))
+        await text(encoder, tokenizer, Message("assistant", "a"), Message("user", "b"))
 
 
-def test_without_a_template(own_tokenizer: Any, tokenizer: Any) -> None:
+async def test_without_a_template(own_tokenizer: Any, tokenizer: Any) -> None:
     """A model without a template completes the text of one message, and refuses a conversation."""
     own_tokenizer.chat_template = None
     encoder = PromptEncoder(own_tokenizer)
-    assert text(encoder, tokenizer, Message("user", "Once upon")) == "Once upon"
+    assert await text(encoder, tokenizer, Message("user", "Once upon")) == "Once upon"
     with pytest.raises(InvalidRequestError, match="no chat template"):
-        text(encoder, tokenizer, Message("user", "a"), Message("assistant", "b"))
+        await text(encoder, tokenizer, Message("user", "a"), Message("assistant", "b"))
     with pytest.raises(InvalidRequestError, match="no tokens"):
-        text(encoder, tokenizer, Message("user", ""))
+        await text(encoder, tokenizer, Message("user", ""))
 
 
-def test_template_kwargs(own_tokenizer: Any, tokenizer: Any) -> None:
+async def test_template_kwargs(own_tokenizer: Any, tokenizer: Any) -> None:
     """The model's template arguments reach the template, and those of a request win."""
     own_tokenizer.chat_template = "{{ mode }}:{{ depth }}:{{ messages[0]['content'] }}"
     encoder = PromptEncoder(own_tokenizer, template_kwargs={"mode": "fast", "depth": 1})
-    assert text(encoder, tokenizer, Message("user", "x")) == "fast:1:x"
-    assert text(encoder, tokenizer, Message("user", "x"), extra={"chat_template_kwargs": {"depth": 2}}) == "fast:2:x"
+    assert await text(encoder, tokenizer, Message("user", "x")) == "fast:1:x"
+    assert (
+        await text(encoder, tokenizer, Message("user", "x"), extra={"chat_template_kwargs": {"depth": 2}}) == "fast:2:x"
+    )
 
 
-def test_tools_and_calls_in_the_shape_of_templates(own_tokenizer: Any, tokenizer: Any) -> None:
+async def test_tools_and_calls_in_the_shape_of_templates(own_tokenizer: Any, tokenizer: Any) -> None:
     """Templates get tool schemas, calls with arguments as objects, and results with the id of their call."""
     own_tokenizer.chat_template = "{{ {'tools': tools, 'messages': messages} | tojson }}"
     encoder = PromptEncoder(own_tokenizer)
@@ -102,7 +104,7 @@ def test_tools_and_calls_in_the_shape_of_templates(own_tokenizer: Any, tokenizer
         ),
         Message("tool", "rain", tool_call_id="c1", name="weather"),
     )
-    seen = json.loads(text(encoder, tokenizer, *messages, tools=(Tool("weather", "tells it", schema),)))
+    seen = json.loads(await text(encoder, tokenizer, *messages, tools=(Tool("weather", "tells it", schema),)))
     function = {"name": "weather", "description": "tells it", "parameters": schema}
     assert seen["tools"] == [{"type": "function", "function": function}]
     calls = [call["function"] for call in seen["messages"][0]["tool_calls"]]
