@@ -7,6 +7,7 @@ import ipaddress
 import os
 import ssl
 import sys
+from collections import deque
 from functools import lru_cache
 
 import httpx2
@@ -40,6 +41,7 @@ class Origin:
     """One scheme, host and port: how it is reached, and the connections to it.
 
     ``idle`` are the connections ready for the next request, the one used last at the end; ``open`` counts them all.
+    ``dialing`` counts those on their way, and ``waiters`` wait until there are fewer, or one is idle.
     """
 
     __slots__ = (
@@ -51,12 +53,14 @@ class Origin:
         "_port",
         "_proxy",
         "_resolving",
+        "dialing",
         "host",
         "idle",
         "netloc",
         "open",
         "port",
         "scheme",
+        "waiters",
     )
 
     def __init__(
@@ -77,6 +81,27 @@ class Origin:
         self._resolving: asyncio.Task[list[str]] | None = None
         self.idle: dict[Connection, None] = {}
         self.open = 0
+        self.dialing = 0
+        self.waiters: deque[asyncio.Future[None]] = deque()
+
+    async def turn(self) -> None:
+        """Waits until a connection is idle or fewer are dialing."""
+        waiter = self._loop.create_future()
+        self.waiters.append(waiter)
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled():
+                self.wake()  # the turn was ours already, and somebody else must have it
+            raise
+
+    def wake(self) -> None:
+        """Lets the next one look again."""
+        while self.waiters:
+            waiter = self.waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
 
     @property
     def forward(self) -> Proxy | None:
@@ -89,6 +114,7 @@ class Origin:
         Raises httpx2.ConnectError (caused by socket.gaierror for a name that does not resolve and by ssl.SSLError for a
         refused handshake), httpx2.ProxyError, or httpx2.ConnectTimeout.
         """
+        self.dialing += 1
         try:
             async with asyncio.timeout(timeout):
                 return await self._dial(timeout)
@@ -96,6 +122,9 @@ class Origin:
             raise httpx2.ConnectTimeout("No connection in time.") from error
         except OSError as error:
             raise httpx2.ConnectError(str(error)) from error
+        finally:
+            self.dialing -= 1
+            self.wake()
 
     async def _dial(self, timeout: float | None) -> Connection:
         proxy = self._proxy

@@ -21,6 +21,9 @@ __all__ = ["AsyncioTransport"]
 
 _IDLE_LIFETIME = 30.0
 _SUSPECT_AFTER = 1.0
+# Ten thousand connections begun in one turn of the loop would all be waiting for each other when their time is up;
+# begun by the hundred, each takes its own time, and those that come late find the first ones idle.
+_MAX_DIALING = 128
 _BUFFER = 64 * 1024
 _PORTS = {"http": 80, "https": 443}
 _WITH_BODY = frozenset({"POST", "PUT", "PATCH", "QUERY"})
@@ -146,6 +149,9 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
             self._sweeper = None
         for connection in [*self._busy, *(c for origin in self._origins.values() for c in origin.idle)]:
             connection.fail(httpx2.ReadError("The transport was closed."))
+        for origin in self._origins.values():
+            while origin.waiters:
+                origin.wake()
         self._prepared.clear()
         # A socket is closed one turn of the loop after its abort, under TLS two; and this may be the loop's last.
         for _ in range(3):
@@ -186,12 +192,18 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
             # A loop that was kept busy elsewhere may not have noticed yet that the server closed it: let it look.
             await asyncio.sleep(0)
             await asyncio.sleep(0)
-        while idle:
-            connection, _ = idle.popitem()
-            if connection.usable:
-                self._busy.add(connection)
-                return connection
-            connection.abort()
+        while True:
+            while idle:
+                connection, _ = idle.popitem()
+                if connection.usable:
+                    self._busy.add(connection)
+                    return connection
+                connection.abort()
+            if origin.dialing < _MAX_DIALING:
+                break
+            await origin.turn()
+            if self.closed:
+                raise httpx2.ReadError("The transport was closed.")
         connection = await origin.dial(timeout)
         if self.closed or not connection.usable:
             connection.abort()
@@ -205,6 +217,8 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
             return
         connection.rest(self._loop.time())
         origin.idle[connection] = None
+        if origin.waiters:
+            origin.wake()
         if self._sweeper is None:
             self._sweeper = self._loop.call_later(_IDLE_LIFETIME / 2, self._sweep)
 
