@@ -12,6 +12,7 @@ from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any
 
+import anyio
 import pytest
 
 from asyncmodels.callable import CallableModel
@@ -204,6 +205,9 @@ async def test_a_cancelled_call_leaves_a_sync_function_to_itself() -> None:
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
+        with anyio.move_on_after(SOON) as scope:  # which cancels by other means than a task's own cancel
+            await model.generate("hi")
+        assert scope.cancelled_caught
     finally:
         go.set()
     assert model.statistics().running == 0
@@ -417,6 +421,8 @@ async def test_a_generator_of_deltas_keeps_all_that_they_carry() -> None:
         )
         assert response.tool_calls == (ToolCall("1", "clock", ""),)
     assert (await model.generate("hi", stop_sequences=["END"])).content == "one "
+    held = await model.stream("hi", stop_sequences=["three!"]).response()
+    assert (held.content, held.finish_reason) == ("one END twothree", "tool_calls")
 
 
 @pytest.mark.parametrize("error", [LookupError("mine"), ServerError("ours"), StopIteration("odd")], ids=repr)

@@ -326,6 +326,30 @@ def test_two_threads_read_one_stream() -> None:
     assert sorted("".join("".join(part) for part in parts).split(), key=int) == words.split()
 
 
+def test_the_end_reaches_every_thread_that_waits() -> None:
+    """Of several threads that wait for the next delta when the stream ends, none is left waiting."""
+    go = threading.Event()
+    asked = threading.Semaphore(0)
+
+    async def wait(request: Request) -> str:
+        await asyncio.to_thread(go.wait, 60)
+        return "one"
+
+    stream = Model(ScriptedBackend(wait)).sync.stream("Hi.")
+
+    def read() -> list[str]:
+        asked.release()
+        return [str(delta) for delta in stream]
+
+    with ThreadPoolExecutor(4) as threads:
+        readers = [threads.submit(read) for _ in range(4)]
+        for _ in readers:
+            asked.acquire()
+        threading.Event().wait(0.05)  # time for them to begin to wait; the test holds whether they do or not
+        go.set()
+        assert "".join("".join(reader.result(60)) for reader in readers) == "one"
+
+
 def test_closing_wakes_a_thread_that_waits() -> None:
     """A thread that waits for the next delta comes to the end when another closes the stream."""
     backend = ScriptedBackend([Delta(content="a"), HANG, END])
@@ -351,6 +375,29 @@ def test_a_script_ends_silently() -> None:
         print(next(left))
     """)
     assert out == "one two three\n"
+
+
+def test_the_end_of_a_script_waits_for_what_is_released() -> None:
+    """A stream that is open at the end of a script is closed properly, which may take its time."""
+    out = run("""
+        async def hang(request):
+            try:
+                await asyncio.sleep(math.inf)
+            finally:
+                await asyncio.sleep(0.2)
+                print("released", flush=True)
+        model = Model(ScriptedBackend(hang))
+        def read():
+            try:
+                list(model.sync.stream("Hi."))
+            except Exception:
+                pass
+        threading.Thread(target=read, daemon=True).start()
+        while not model.statistics().running:
+            pass
+        print("bye", flush=True)
+    """)
+    assert out.splitlines() == ["bye", "released"]
 
 
 def test_a_script_with_a_call_in_a_daemon_thread_ends() -> None:
