@@ -28,8 +28,8 @@ class Capabilities:
     response_format: bool = False
     grammars: frozenset[type] = frozenset()
     """Which of Regex, EBNF, Choice and JSONSchema."""
-    extra: bool = False
-    """Whether ``Request.extra`` is passed on."""
+    extra: bool | frozenset[str] = False
+    """Whether ``Request.extra`` is passed on as it is; or the names that are understood."""
     stream: bool = True
 
     def check(self, request: Request, *, streaming: bool = False) -> None:
@@ -51,8 +51,10 @@ class Capabilities:
             raise UnsupportedError("This model does not support response_format.")
         if request.grammar is not None and type(request.grammar) not in self.grammars:
             raise UnsupportedError(f"This model does not support {type(request.grammar).__name__} grammars.")
-        if request.extra and not self.extra:
-            raise UnsupportedError(f"This model does not support extra parameters: {', '.join(request.extra)}.")
+        if request.extra and self.extra is not True:
+            unknown = [name for name in request.extra if not self.extra or name not in self.extra]
+            if unknown:
+                raise UnsupportedError(f"This model does not know these extra parameters: {', '.join(unknown)}.")
         if streaming and not self.stream:
             raise UnsupportedError("This model does not support streaming.")
         if not self.images and any(

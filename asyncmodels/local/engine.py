@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
-from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError, UnsupportedError
+from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError
 from asyncmodels.local.gate import Gate, Ticket
 from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.runner import RunnerFactory
@@ -27,7 +27,6 @@ from asyncmodels.types import Request
 __all__ = ["Engine", "EngineStatistics"]
 
 EngineState = Literal["idle", "loading", "running", "dead", "closed"]
-_EXTRA = frozenset({"chat_template_kwargs", "ignore_eos"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +118,6 @@ class Engine:
         QueueFullError, ClosedError, EngineDeadError, ContextLengthError and InvalidRequestError.
         """
         arrived = self._clock.time()
-        unknown = sorted(set(request.extra) - _EXTRA)
-        if unknown:
-            raise UnsupportedError(f"Local models do not know the extra parameters {', '.join(unknown)}.")
         Sampling.of(request)
         stops = StopMatcher(request.stop_sequences)
         await self._ready()

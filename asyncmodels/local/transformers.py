@@ -31,7 +31,10 @@ class TransformersBackend(Backend):
     """
 
     capabilities = Capabilities(
-        sampling=ALL_SAMPLING, tool_choice=frozenset({"auto", "none"}), logprobs=True, extra=True
+        sampling=ALL_SAMPLING,
+        tool_choice=frozenset({"auto", "none"}),
+        logprobs=True,
+        extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
     )
 
     def __init__(

@@ -38,6 +38,7 @@ import pytest
 from asyncmodels.backend import Backend, Capabilities, compose
 from asyncmodels.callable import CallableModel
 from asyncmodels.errors import ServerError
+from asyncmodels.local.transformers import TransformersModel
 from asyncmodels.model import Model
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
@@ -147,6 +148,18 @@ def openai_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     return OpenAIModel("m", api_base=url, api_key="k", policies=(retry, gate))
 
 
+def tiny_llama(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    # torch is imported here, and not where the cases are listed, so that the other cases need not wait for it.
+    from tests.local.tiny import tiny_model_folder
+
+    return TransformersModel(str(tiny_model_folder()), device_map="cpu", torch_dtype="float32")
+
+
+def ask_greedily(_: Behaviour, text: str) -> Request:
+    """A random model never ends by itself; its greedy words are its own."""
+    return Request(messages=(Message("user", text),), temperature=0.0, max_tokens=24)
+
+
 retry = partial(Retry, attempts=2, wait_initial=0, wait_max=0)
 gate = partial(Concurrency, limit=4)
 
@@ -158,4 +171,5 @@ CASES = [
     Case("model", face),
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),
+    Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}),
 ]
