@@ -57,11 +57,12 @@ if TYPE_CHECKING:
     )
     from asyncmodels.local.smollm import SmolLMModel
     from asyncmodels.local.transformers import TransformersModel
-    from asyncmodels.model import Model, Statistics, Stream
+    from asyncmodels.model import Model, Statistics
     from asyncmodels.policies.concurrency import Concurrency
-    from asyncmodels.policies.retry import Retry
+    from asyncmodels.policies.retry import Retry, RetryBudget
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
+    from asyncmodels.stream import Stream
     from asyncmodels.types import (
         EBNF,
         Choice,
@@ -134,6 +135,7 @@ __all__ = [
     "ResponseFormat",
     "ResponseFormatError",
     "Retry",
+    "RetryBudget",
     "ServerError",
     "ServerTimeoutError",
     "SmolLMModel",
@@ -168,9 +170,10 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "OpenAIModel": ("asyncmodels.remote.openai", "openai"),
     "OpenAIServerModel": ("asyncmodels.remote.openai", "openai"),
     "Retry": ("asyncmodels.policies.retry", None),
+    "RetryBudget": ("asyncmodels.policies.retry", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
     "Statistics": ("asyncmodels.model", None),
-    "Stream": ("asyncmodels.model", None),
+    "Stream": ("asyncmodels.stream", None),
     "TransformersModel": ("asyncmodels.local.transformers", "transformers"),
 }
 _MODULES = ("types", "errors", "backend", "registry")

@@ -21,8 +21,9 @@ from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.types import Delta, Response
 
 if TYPE_CHECKING:
-    from asyncmodels.model import Messages, Model, Statistics, Stream
+    from asyncmodels.model import Messages, Model, Statistics
     from asyncmodels.request import Parameters
+    from asyncmodels.stream import Stream
 
 __all__ = ["SyncModel", "SyncStream"]
 

@@ -42,7 +42,20 @@ CORE: Mapping[str, set[str]] = {
     "backend": {"errors", "types"},
     "deadline": {"errors"},
     "attempt": {"backend", "deadline", "errors", "types"},
-    "model": {"attempt", "backend", "deadline", "errors", "formats", "messages", "request", "types"},
+    "calls": {"errors", "messages", "types"},
+    "stream": {"backend", "calls", "deadline", "errors", "formats", "messages", "types"},
+    "model": {
+        "attempt",
+        "backend",
+        "calls",
+        "deadline",
+        "errors",
+        "formats",
+        "messages",
+        "request",
+        "stream",
+        "types",
+    },
     # around the face
     "sync": {"errors", "types"},
     "registry": {"errors"},
@@ -75,7 +88,7 @@ LAZY: Mapping[str, set[str]] = {
 TYPING: Mapping[str, set[str]] = {
     "errors": {"types"},
     "model": {"batch", "sync"},
-    "sync": {"model", "request"},
+    "sync": {"model", "request", "stream"},
     "registry": {"model"},
     "cli": {"model", "registry", "types"},
 }

@@ -67,6 +67,7 @@ NAMES = [
     "ResponseFormat",
     "ResponseFormatError",
     "Retry",
+    "RetryBudget",
     "ServerError",
     "ServerTimeoutError",
     "SmolLMModel",

@@ -24,9 +24,10 @@ from asyncmodels.errors import (
     StreamError,
     TruncatedResponseError,
 )
-from asyncmodels.model import Model, Stream
+from asyncmodels.model import Model
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
+from asyncmodels.stream import Stream
 from asyncmodels.testing import EVERYTHING, Delay, FakeClock, ScriptedBackend
 from asyncmodels.types import Delta, Request, Response, ToolCall, Usage
 

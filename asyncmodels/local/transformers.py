@@ -10,12 +10,13 @@ import importlib.util
 import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.local.engine import Engine, EngineStatistics
 from asyncmodels.model import Model
+from asyncmodels.request import Parameters
 from asyncmodels.types import Delta, Request, Response, ResponseBuilder
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class TransformersModel(Model):
         share_weights: bool = False,
         max_restarts: int = 3,
         policies: tuple[Callable[[Backend], Backend], ...] = (),
-        **defaults: Any,
+        **defaults: Unpack[Parameters],
     ) -> None:
         self._local = TransformersBackend(
             model_id,
@@ -208,7 +209,7 @@ class TransformersModel(Model):
 
     async def load(self) -> None:
         """Loads the model now instead of at the first call. Raises ModelLoadError; the next call tries again."""
-        self._check_open()
+        self._calls.check_open()
         await self._local.load()
 
     async def __aenter__(self) -> Self:
