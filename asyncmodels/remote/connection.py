@@ -263,7 +263,7 @@ class Connection(AnswerReader, asyncio.BufferedProtocol):
             return
         if self._waiter is not None and self._timeout is not None:
             self._deadline = self._loop.time() + self._timeout
-        self.feed(bytes(self._incoming[:nbytes]))
+        self.feed(self._incoming[:nbytes])
         if self.phase == IDLE:
             self.abort()
 

@@ -1,28 +1,26 @@
 """HTTP/1.1 on the wire, without any I/O: the head of a request, and an answer read from however its bytes are cut up.
 
-Where an answer breaks off or is no HTTP, the errors are those that httpx2's own transport raises, text included.
+What arrives is parsed by llhttp, the parser of Node.js. Here is what it leaves to its user: an answer that ends with
+its connection, one that has no body whatever its head says, bytes that nobody asked for, and how much of anything but
+a body is taken in. Where an answer breaks off or is no HTTP, the errors are those that httpx2's own transport raises.
 """
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import httpx2
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 __all__ = ["DONE", "HEAD", "IDLE", "AnswerReader", "request_head"]
 
-IDLE, HEAD, _LENGTH, _CHUNKED, _UNTIL_CLOSE, DONE = range(6)
-# Inside a chunked body, `_left` is the rest of the current chunk or one of these.
-_SIZE_LINE, _AFTER_CHUNK, _TRAILERS = -1, -2, -3
+IDLE, HEAD, _BODY, DONE = range(4)
 
-_MAX_HEAD = 256 * 1024
-_MAX_LINE = 16 * 1024
-
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (.*))?")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(?:;.*)?")
-_TOKEN = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_MAX_OVERHEAD = 256 * 1024
+_VERSIONS = {"1.0": b"HTTP/1.0", "1.1": b"HTTP/1.1"}
+_FRAMING = frozenset({b"content-length", b"transfer-encoding"})
+_REFUSALS = (HttpParserError, HttpParserUpgrade)
 
 _DISCONNECTED = "Server disconnected without sending a response."
 _CUT_OFF = "peer closed connection without sending complete message body"
@@ -54,13 +52,14 @@ class AnswerReader(ABC):
     """Reads one answer after the other: ``expect``, then ``feed`` until the phase is DONE.
 
     ``pieces`` are the parts of the body that nobody took yet, ``held`` is how many bytes that is. ``keep_alive`` says
-    whether another answer may follow on the same connection.
+    whether another answer may follow on the same connection. The methods whose names begin with ``on_`` are what the
+    parser calls.
     """
 
     __slots__ = (
-        "_buffer",
-        "_left",
         "_no_body",
+        "_overhead",
+        "_parser",
         "error",
         "headers",
         "held",
@@ -73,9 +72,9 @@ class AnswerReader(ABC):
     )
 
     def __init__(self) -> None:
-        self._buffer = b""
-        self._left = 0
+        self._parser: HttpResponseParser | None = None
         self._no_body = False
+        self._overhead = 0
         self.error: Exception | None = None
         self.phase = IDLE
         self.pieces: list[bytes] = []
@@ -96,52 +95,56 @@ class AnswerReader(ABC):
 
     def expect(self, method: str) -> None:
         """Makes it ready for the answer to a request."""
+        if self._parser is None:
+            self._parser = HttpResponseParser(self)
+            # What RFC 9112 lets a recipient accept: a length beside chunks, and blanks after the size of a chunk.
+            self._parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_spaces_after_chunk_size=True)
         self.phase = HEAD
-        self._buffer = b""
+        self._overhead = 0
         self.pieces = []
         self.held = 0
         self._no_body = method == "HEAD"
         self.keep_alive = True
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | memoryview) -> None:
         """Takes in what came from the server."""
-        if self.phase == HEAD:
-            rest = self._read_head(data)
-            if rest is None:
-                return
-            data = rest
-            self.arrived()
-        if self.phase == _LENGTH:
-            if len(data) > self._left:
-                self.keep_alive = False
-                data = data[: self._left]
-            self._left -= len(data)
-            self._keep(data)
-            if self._left == 0:
-                self._finish()
-        elif self.phase == _CHUNKED:
-            self._read_chunks(data)
-        elif self.phase == _UNTIL_CLOSE:
-            self._keep(data)
-        elif data:
+        parser = self._parser
+        if parser is None or self.phase == IDLE or self.phase == DONE:
             # Nobody asked for this. What it belongs to is anybody's guess, so nothing may follow it.
             self.keep_alive = False
+            return
+        self._overhead += len(data)
+        try:
+            parser.feed_data(data)
+        except _REFUSALS as error:
+            # What a method below raised comes as the context of another; the parser's own words never quote what it
+            # got, which may be a secret.
+            reason = error.__context__ or error
+            if not isinstance(reason, _REFUSALS):
+                raise reason from None
+            self._refuse(str(reason))
+            return
+        if self.phase == DONE:
+            if self._no_body:
+                # The parser may be waiting for a body that does not come.
+                self._parser = None
+        elif self._overhead > _MAX_OVERHEAD:
+            self._refuse("its head, or what is between its chunks, is too long")
 
     def end(self, cause: Exception | None) -> None:
         """The connection is over, because of ``cause`` or because the server closed it."""
+        self._parser = None  # the two refer to each other
         if self.error is not None or self.phase == DONE:
             return
         if cause is not None:
             self.error = httpx2.ReadError(str(cause))
             self.error.__cause__ = cause
-        elif self.phase == _UNTIL_CLOSE:
-            self._finish()
-        elif self.phase == _LENGTH:
-            self.error = httpx2.RemoteProtocolError(f"{_CUT_OFF} ({self._left} bytes are missing)")
-        elif self.phase == _CHUNKED:
-            self.error = httpx2.RemoteProtocolError(f"{_CUT_OFF} (incomplete chunked read)")
-        else:
+        elif self.phase != _BODY:
             self.error = httpx2.RemoteProtocolError(_DISCONNECTED)
+        elif self._ends_with_connection():
+            self._finish()
+        else:
+            self.error = httpx2.RemoteProtocolError(_CUT_OFF)
 
     def take(self) -> bytes:
         """What is there of the body and was not taken yet."""
@@ -150,150 +153,64 @@ class AnswerReader(ABC):
         self.held = 0
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _malformed(self, what: str) -> None:
-        self.fail(httpx2.RemoteProtocolError(f"malformed answer: {what}"))
-
-    def _keep(self, data: bytes) -> None:
-        if data:
-            self.pieces.append(data)
-            self.held += len(data)
-            self.arrived()
+    def _refuse(self, why: str) -> None:
+        if self.phase == DONE:
+            # The answer itself was fine.
+            self.keep_alive = False
+        else:
+            self.fail(httpx2.RemoteProtocolError(f"malformed answer: {why}"))
 
     def _finish(self) -> None:
         self.phase = DONE
         self.arrived()
 
-    def _read_head(self, data: bytes) -> bytes | None:
-        """Takes the head off ``data``; returns what follows it, or None when more is needed or it was wrong."""
-        buffer = self._buffer + data if self._buffer else data
-        while True:
-            end = buffer.find(b"\r\n\r\n")
-            if end < 0:
-                self._buffer = buffer
-                if len(buffer) > _MAX_HEAD:
-                    self._malformed("its head is too long")
-                elif not buffer.startswith(b"HTTP/1."[: len(buffer)]):
-                    self._malformed("it does not begin with HTTP/1.")
-                return None
-            head, buffer = buffer[:end], buffer[end + 4 :]
-            if not self._parse_head(head):
-                return None
-            if self.status >= 200 or self.status == 101:
-                self._buffer = b""
-                return buffer
+    def _ends_with_connection(self) -> bool:
+        framing = {name.lower(): value.lower() for name, value in self.headers}
+        coding = framing.get(b"transfer-encoding")
+        if coding is not None:
+            return coding.rsplit(b",", 1)[-1].strip() != b"chunked"
+        return b"content-length" not in framing
 
-    def _parse_head(self, head: bytes) -> bool:
-        lines = head.split(b"\r\n")
-        match = _STATUS_LINE.fullmatch(lines[0])
-        if match is None:
-            self._malformed(f"its status line is {lines[0][:80]!r}")
-            return False
-        self.version = b"HTTP/1." + match[1]
-        self.status = int(match[2])
-        self.reason = match[3] or b""
-        length: bytes | None = None
-        coding = b""
-        connection = b""
-        headers: list[tuple[bytes, bytes]] = []
-        for line in lines[1:]:
-            name, colon, value = line.partition(b":")
-            if not colon or _TOKEN.fullmatch(name) is None:
-                self._malformed(f"one of its headers is {line[:40]!r}")
-                return False
-            value = value.strip(b" \t")
-            key = name.lower()
-            headers.append((name, value))
-            if key == b"content-length":
-                if not value.isdigit() or len(value) > 18 or (length is not None and length != value):
-                    self._malformed(f"its content-length is {value[:40]!r}")
-                    return False
-                length = value
-            elif key == b"transfer-encoding":
-                coding = coding + b"," + value if coding else value
-            elif key == b"connection":
-                connection = connection + b"," + value if connection else value
-        self.headers = headers
-        self._frame(length, coding.lower(), connection.lower())
-        return True
+    # -- what the parser finds ----------------------------------------------------------------------------------------
 
-    def _frame(self, length: bytes | None, coding: bytes, connection: bytes) -> None:
-        """Decides where the body ends and whether the connection lives on after it."""
-        if connection:
-            tokens = [token.strip() for token in connection.split(b",")]
-            self.keep_alive = self.keep_alive and b"close" not in tokens
-            if self.version == b"HTTP/1.0" and b"keep-alive" not in tokens:
-                self.keep_alive = False
-        elif self.version == b"HTTP/1.0":
-            self.keep_alive = False
-        if self.status < 200 and self.status != 101:
+    def on_message_begin(self) -> None:
+        if self.phase == DONE:
+            raise HttpParserError("something follows the answer")
+        self.reason = b""
+        self.headers = []
+
+    def on_status(self, reason: bytes) -> None:
+        self.reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.phase == HEAD:  # and no trailer, which nobody reads
+            self.headers.append((name, value.rstrip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        assert parser is not None  # noqa: S101  # it is what calls, for the checker
+        status = self.status = parser.get_status_code()
+        version = _VERSIONS.get(parser.get_http_version())
+        if version is None or status < 100:
+            raise HttpParserError("its version or its status is none of HTTP/1's")
+        self.version = version
+        if status < 200 and status != 101:
             return
-        if self._no_body or self.status in (101, 204, 304):
-            self.keep_alive = self.keep_alive and self.status != 101
-            self._finish()
-        elif coding:
-            if coding.rsplit(b",", 1)[-1].strip() == b"chunked":
-                self.phase, self._left = _CHUNKED, _SIZE_LINE
-            else:
-                self.phase = _UNTIL_CLOSE
-                self.keep_alive = False
-            if length is not None:
-                self.keep_alive = False
-        elif length is not None:
-            self._left = int(length)
-            self.phase = _LENGTH
-            if self._left == 0:
-                self._finish()
-        else:
-            self.phase = _UNTIL_CLOSE
+        two_lengths = len(_FRAMING.intersection([name.lower() for name, _ in self.headers])) == 2
+        if two_lengths or status == 101 or not parser.should_keep_alive():
             self.keep_alive = False
+        self.phase = DONE if self._no_body else _BODY
+        self.arrived()
 
-    def _read_chunks(self, data: bytes) -> None:
-        if self._buffer:
-            data = self._buffer + data
-            self._buffer = b""
-        at, size = 0, len(data)
-        while at < size:
-            left = self._left
-            if left > 0:
-                end = at + left
-                if end > size:
-                    self._left = end - size
-                    self._keep(data[at:] if at else data)
-                    return
-                self._keep(data[at:end])
-                at = end
-                self._left = _AFTER_CHUNK
-                continue
-            end = data.find(b"\r\n", at)
-            if end < 0:
-                if size - at > _MAX_LINE:
-                    self._malformed("a line between its chunks is too long")
-                elif left == _AFTER_CHUNK and data[at : at + 1] != b"\r":
-                    self._malformed("a chunk does not end where it says")
-                else:
-                    self._buffer = data[at:]
-                return
-            line, at = data[at:end], end + 2
-            if left == _SIZE_LINE:
-                match = _CHUNK_SIZE.fullmatch(line)
-                if match is None:
-                    self._malformed(f"the size of a chunk is {line[:40]!r}")
-                    return
-                left = self._left = int(match[1], 16) or _TRAILERS
-                end = at + left
-                if left > 0 and data[end : end + 2] == b"\r\n":
-                    # The whole chunk is here, as it is for nearly every event of a stream.
-                    self._keep(data[at:end])
-                    self._left = _SIZE_LINE
-                    at = end + 2
-            elif left == _AFTER_CHUNK:
-                if line:
-                    self._malformed("a chunk does not end where it says")
-                    return
-                self._left = _SIZE_LINE
-            elif not line:
-                # The blank line after the trailers, which nobody reads.
-                if at < size:
-                    self.keep_alive = False
-                self._finish()
-                return
+    def on_body(self, data: bytes) -> None:
+        if self.phase == DONE:
+            self.keep_alive = False
+            return
+        self._overhead = 0
+        self.pieces.append(data)
+        self.held += len(data)
+        self.arrived()
+
+    def on_message_complete(self) -> None:
+        if self.phase == _BODY:
+            self._finish()

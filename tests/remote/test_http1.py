@@ -120,7 +120,7 @@ def test_garbage_never_escapes(garbage: bytes, cuts: list[int], after_a_head: bo
         (b"HTTP/1.1 204 No Content\r\n\r\n", b"", True),
         (b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n", b"", True),
         (b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n", b"", True),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nab", b"ab", True),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2 \r\nab\r\n0\r\n\r\n", b"ab", True),
         (b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nab", b"ab", False),
         (b"HTTP/1.1 200 OK\r\nConnection: upgrade, Close\r\nContent-Length: 2\r\n\r\nab", b"ab", False),
         (b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nab", b"ab", False),
@@ -170,11 +170,17 @@ async def test_the_answer_to_head_has_no_body() -> None:
         b"HTTP/1.1 200 OK\r\nContent-Length: 1e3\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nab",
+        b"HTTP/2.0 200 OK\r\n\r\n",
+        b"HTTP/1.1 099 Early\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\nhello\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0x5\r\nhello\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"a" * 20_000,
         b"HTTP/1.1 200 OK\r\nX: " + b"a" * 300_000,
+        b"\r\n" * 150_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: " + b"a" * 300_000,
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;" + b"a" * 300_000,
     ],
 )
 async def test_what_is_not_http_is_refused_at_once(message: bytes) -> None:
@@ -184,6 +190,63 @@ async def test_what_is_not_http_is_refused_at_once(message: bytes) -> None:
     assert line.socket.aborted
     with pytest.raises(httpx2.RemoteProtocolError, match="malformed"):
         await line.connection.whole()
+
+
+@pytest.mark.parametrize(
+    ("message", "whole"),
+    [
+        (b"HTTP/1.1 200 OK\r\n\r\nab", True),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\nab", True),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\nContent-Length: 9\r\n\r\nab", True),
+        (b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\nab", True),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nab", False),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, Chunked\r\n\r\n2\r\nab\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n", False),
+        (b"HTTP/1.1 200 OK\r\nContent-Le", False),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", False),
+    ],
+)
+async def test_what_the_end_of_a_connection_means(message: bytes, whole: bool) -> None:
+    """The end of a body that has no other, and otherwise that something is missing, whatever had arrived."""
+    if whole:
+        _, body = await read_in([message], then_close=True)
+        assert body == b"ab"
+    else:
+        with pytest.raises(httpx2.RemoteProtocolError, match=r"without (sending a response|.* complete message body)"):
+            await read_in([message], then_close=True)
+
+
+async def test_one_connection_carries_answers_of_every_kind() -> None:
+    """Nothing of one answer shows in the next, not even of one that had no body although its head announced one."""
+    line = open_line()
+    for method, message, expected in [
+        ("POST", LENGTH, b"hello world"),
+        ("HEAD", b"HTTP/1.1 200 Fine\r\nX: 1\r\nContent-Length: 5\r\n\r\n", b""),
+        ("POST", INTERIM, b"hello world"),
+        ("POST", b"HTTP/1.1 204\r\n\r\n", b""),
+        ("POST", CHUNKED, b"hello world"),
+    ]:
+        line.connection.rest(0.0)
+        line.connection.send(b"HEAD", b"", method=method, timeout=None, streaming=False)
+        arrive(line.connection, message)
+        assert await line.connection.whole() == expected
+        assert line.connection.reusable
+    assert (line.connection.reason, line.connection.headers) == (b"OK", [(b"Transfer-Encoding", b"chunked")])
+
+
+async def test_a_refusal_quotes_nothing_that_arrived() -> None:
+    """What a server sends may be a secret, so the error does not hold it."""
+    line = open_line()
+    arrive(line.connection, b"HTTP/1.1 200 OK\r\nX-Key: tell\x00nobody\r\nContent-Length: tellnobody\r\n\r\n")
+    with pytest.raises(httpx2.RemoteProtocolError, match="malformed") as caught:
+        await line.connection.whole()
+    assert "tell" not in f"{caught.value!r} {caught.value.__cause__!r} {caught.value.__context__!r}"
+
+
+async def test_the_blanks_around_a_value_are_not_part_of_it() -> None:
+    """Neither before nor after it, nor is an empty value left out."""
+    connection, _ = await read_in([b"HTTP/1.1 204 No Content\r\nA: \t one two \t \r\nB:\r\nC:   \r\n\r\n"])
+    assert connection.headers == [(b"A", b"one two"), (b"B", b""), (b"C", b"")]
 
 
 async def test_a_slow_reader_stops_the_server() -> None:
