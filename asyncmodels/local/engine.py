@@ -20,6 +20,7 @@ from asyncmodels.local.gate import Gate, Ticket
 from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.runner import RunnerFactory
 from asyncmodels.local.sequence import Sampling, Sequence
+from asyncmodels.local.settings import check_whole
 from asyncmodels.local.worker import Ready, Tally, Worker, WorkerSettings
 from asyncmodels.stopping import StopMatcher
 from asyncmodels.types import Request
@@ -81,9 +82,12 @@ class Engine:
         template_kwargs: Mapping[str, Any] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        for name, value in (("max_batch_size", max_batch_size), ("max_queued", max_queued)):
-            if value < 1:
-                raise ConfigurationError(f"{name} must be at least 1, not {value}.")
+        check_whole("max_batch_size", max_batch_size)
+        check_whole("max_batch_tokens", max_batch_tokens, optional=True)
+        check_whole("max_queued", max_queued)
+        check_whole("max_queued_tokens", max_queued_tokens, optional=True)
+        check_whole("max_new_tokens", max_new_tokens, optional=True)
+        check_whole("max_restarts", max_restarts, least=0)
         if when_full not in ("wait", "raise"):
             raise ConfigurationError(f'when_full must be "wait" or "raise", not {when_full!r}.')
         self.model_id = model_id
@@ -200,11 +204,11 @@ class Engine:
                 limit=limit,
             )
         room = limit - len(prompt)
-        wanted = request.max_tokens or self.max_new_tokens or room
+        wanted = self.max_new_tokens if request.max_tokens is None else request.max_tokens
         return Sequence(
             id=f"local-{uuid.uuid4().hex}",
             prompt=prompt,
-            max_tokens=min(wanted, room),
+            max_tokens=room if wanted is None else min(wanted, room),
             sampling=Sampling.of(request, ready.info.sampling),
             agent=request.agent,
             priority=request.priority,

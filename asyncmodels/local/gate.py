@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from asyncmodels.errors import QueueFullError
 from asyncmodels.local.scheduler import Counters, FairQueue
+from asyncmodels.local.settings import check_whole
 from asyncmodels.local.signals import fresh, post_now
 
 __all__ = ["Gate", "Ticket"]
@@ -58,8 +59,8 @@ class Gate:
     """
 
     def __init__(self, *, max_requests: int, max_tokens: int | None = None) -> None:
-        if max_requests < 1:
-            raise ValueError("max_requests must be at least 1.")
+        check_whole("max_requests", max_requests)
+        check_whole("max_tokens", max_tokens, optional=True)
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         self._lock = threading.Lock()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.local.engine import Engine, EngineStatistics
+from asyncmodels.local.settings import check_flag, check_whole
 from asyncmodels.model import Model
 from asyncmodels.request import Parameters
 from asyncmodels.types import Delta, Request, Response, ResponseBuilder
@@ -65,6 +66,15 @@ class TransformersBackend(Backend):
                 raise MissingExtraError(
                     f'Local models need {package}, which is not installed: pip install "asyncmodels[transformers]"'
                 )
+        check_whole("prefill_tokens", prefill_tokens, optional=True)
+        check_flag("share_weights", share_weights)
+        check_flag("trust_remote_code", trust_remote_code)
+        for name, value in (
+            ("model_kwargs", model_kwargs),
+            ("apply_chat_template_kwargs", apply_chat_template_kwargs),
+        ):
+            if not _is_keywords(value):
+                raise ConfigurationError(f"{name} must be a mapping from names to values, not {value!r}.")
         self.model_id = model_id
         factory = _factory(
             {
@@ -122,6 +132,10 @@ class TransformersBackend(Backend):
 
     async def aclose(self) -> None:
         await self.engine.aclose()
+
+
+def _is_keywords(value: object) -> bool:
+    return value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value))
 
 
 def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]) -> Callable[[], Runner]:

@@ -54,7 +54,8 @@ class Ready:
     @property
     def limit(self) -> int:
         """How many tokens one sequence may have, prompt included."""
-        return min(self.info.context_length, self.scheduler.max_tokens or self.info.context_length)
+        memory = self.scheduler.max_tokens
+        return self.info.context_length if memory is None else min(self.info.context_length, memory)
 
 
 @dataclass(slots=True)
@@ -164,9 +165,8 @@ class Worker:
     def _load(self, runner: Runner) -> Ready:
         info = runner.load()
         settings = self.settings
-        scheduler = Scheduler(
-            max_rows=settings.max_rows, max_tokens=settings.max_tokens or info.max_tokens, padded=info.padded
-        )
+        max_tokens = info.max_tokens if settings.max_tokens is None else settings.max_tokens
+        scheduler = Scheduler(max_rows=settings.max_rows, max_tokens=max_tokens, padded=info.padded)
         encoder = PromptEncoder(info.tokenizer, template_kwargs=settings.template_kwargs, name=settings.name)
         ready = Ready(info, encoder, scheduler)
         self.ready.set(ready)

@@ -336,11 +336,38 @@ async def test_bad_requests_do_not_even_load_the_model(
     assert (await answer(engine, ask(max_tokens=1))).content == "a"
 
 
-@pytest.mark.parametrize("settings", [{"max_batch_size": 0}, {"max_queued": 0}, {"when_full": "panic"}], ids=str)
-def test_bad_settings(settings: dict[str, Any]) -> None:
-    """An engine that could never serve anybody is not made."""
-    with pytest.raises(ConfigurationError, match=next(iter(settings))):
-        Engine(lambda: pytest.fail("not loaded"), model_id="x", **settings)
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("max_batch_size", (0, -1, 2.5, "x", True, None)),
+        ("max_batch_tokens", (0, -1, 2.5, "x", True)),
+        ("max_queued", (0, -1, 2.5, "x", True, None)),
+        ("max_queued_tokens", (0, -1, 2.5, "x", True)),
+        ("max_new_tokens", (0, -1, 2.5, "x", True)),
+        ("max_restarts", (-1, 2.5, "x", True, None)),
+        ("when_full", ("panic", None)),
+    ],
+)
+def test_bad_settings(name: str, values: tuple[Any, ...]) -> None:
+    """An engine that could never serve anybody is not made, and one sentence says which setting is at fault."""
+    for value in values:
+        with pytest.raises(ConfigurationError, match=f"^{name} must be .*, not {value!r}\\.$"):
+            Engine(lambda: pytest.fail("not loaded"), model_id="x", **{name: value})
+
+
+async def test_the_smallest_settings(start: Start, runner: Any, ask: Ask) -> None:
+    """With every number as small as it may be the engine still answers, one request after the other."""
+    engine = start(
+        runner,
+        max_batch_size=1,
+        max_batch_tokens=30,
+        max_queued=1,
+        max_queued_tokens=1,
+        max_new_tokens=1,
+        max_restarts=0,
+    )
+    responses = await asyncio.gather(*(answer(engine, ask("x")) for _ in range(5)))
+    assert [response.content for response in responses] == ["a"] * 5
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

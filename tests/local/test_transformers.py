@@ -144,6 +144,25 @@ async def test_what_it_cannot_do(tiny_model: Path) -> None:
     await backend.aclose()
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("prefill_tokens", (0, -3, 2.5, "x", True)),
+        ("max_queued_tokens", (0,)),
+        ("share_weights", ("x", 1, None)),
+        ("trust_remote_code", ("x", 1, None)),
+        ("model_kwargs", (3, "x", [1], {1: 2})),
+        ("apply_chat_template_kwargs", (3, "x", [1], {1: 2})),
+    ],
+)
+def test_bad_settings(tiny_model: Path, name: str, values: tuple[Any, ...]) -> None:
+    """A setting that can never work is refused when the model is made, in one sentence that names it."""
+    for value in values:
+        with pytest.raises(ConfigurationError, match=f"^{name} must be ") as caught:
+            TransformersModel(str(tiny_model), **{name: value})
+        assert str(caught.value).endswith(f", not {value!r}.")
+
+
 async def test_models_that_are_none(tmp_path: Path, tiny_model: Path) -> None:
     """A missing folder, a folder without a model, a broken one and a bad dtype are a ModelLoadError in one sentence."""
     empty, broken = tmp_path / "empty", tmp_path / "broken"
