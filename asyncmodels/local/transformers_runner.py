@@ -7,7 +7,6 @@ prefilled together, left-padded; a long one alone, a chunk at a time, so that it
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from asyncmodels.errors import UnsupportedError
 from asyncmodels.local.detokenizer import make_detokenizer
 from asyncmodels.local.kv import BatchCache, layer_windows
+from asyncmodels.local.memory import free_host_memory
 from asyncmodels.local.prefill import plan_prefill
 from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo, Sampled
 from asyncmodels.local.sampling import Sampler
@@ -274,13 +274,9 @@ def _sampling_defaults(config: Any) -> SamplingDefaults:
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes that may be used on ``device``: what is free, or half of everything where nobody can say."""
+    """Bytes that may be used on ``device``."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 * 2**30
+    return free_host_memory()
