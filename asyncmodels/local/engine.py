@@ -18,6 +18,7 @@ from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError
 from asyncmodels.local.gate import Gate, Ticket
 from asyncmodels.local.job import Handle, Job
+from asyncmodels.local.prompt import template_kwargs
 from asyncmodels.local.runner import RunnerFactory
 from asyncmodels.local.sequence import Sampling, Sequence
 from asyncmodels.local.settings import check_whole
@@ -79,7 +80,7 @@ class Engine:
         when_full: Literal["wait", "raise"] = "wait",
         max_new_tokens: int | None = None,
         max_restarts: int = 3,
-        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         check_whole("max_batch_size", max_batch_size)
@@ -101,7 +102,7 @@ class Engine:
             max_rows=max_batch_size,
             max_tokens=max_batch_tokens,
             max_restarts=max_restarts,
-            template_kwargs=dict(template_kwargs or {}),
+            template_kwargs=dict(chat_template_kwargs or {}),
             clock=clock,
         )
         self._tally = Tally()
@@ -123,6 +124,7 @@ class Engine:
         """
         arrived = self._clock.time()
         Sampling.of(request)
+        template_kwargs(request)
         stops = StopMatcher(request.stop_sequences)
         await self._ready()
         wait = self.when_full == "wait"

@@ -21,9 +21,25 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from asyncmodels.errors import InvalidRequestError
-from asyncmodels.types import Message, Request, Tool
+from asyncmodels.types import Message, Request
 
-__all__ = ["PromptEncoder", "template_messages", "template_tools"]
+__all__ = ["PromptEncoder", "template_fault", "template_kwargs", "template_messages"]
+
+# What apply_chat_template is told by us, and what would have it return anything but a text.
+_RESERVED = frozenset(
+    {
+        "conversation",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
 
 
 class PromptEncoder:
@@ -44,16 +60,19 @@ class PromptEncoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"asyncmodels-prompt-{name}")
 
     async def encode(self, request: Request) -> tuple[int, ...]:
-        """The token ids of the prompt. Raises InvalidRequestError where the chat template cannot take the messages."""
+        """The token ids of the prompt.
+
+        Raises InvalidRequestError where the chat template cannot take the messages, or the tokenizer their text.
+        """
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, request)
 
     def _encode(self, request: Request) -> tuple[int, ...]:
         tokenizer = self._own_tokenizer()
-        kwargs = {**self._template_kwargs, **request.extra.get("chat_template_kwargs", {})}
+        kwargs = {**self._template_kwargs, **template_kwargs(request)}
         if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
-            if len(request.messages) != 1 or request.tools:
+            if len(request.messages) != 1:
                 raise InvalidRequestError(
-                    "This model has no chat template: it takes one message, whose text is the prompt, and no tools."
+                    "This model has no chat template: it takes one message, whose text is the prompt."
                 )
             return _tokenize(tokenizer, request.messages[0].text, special=True)
         return _tokenize(tokenizer, _render(tokenizer, request, kwargs), special=False)
@@ -69,21 +88,55 @@ class PromptEncoder:
         return tokenizer
 
 
+def template_kwargs(request: Request) -> Mapping[str, Any]:
+    """What ``request`` has for the chat template. Raises InvalidRequestError where it cannot have that."""
+    kwargs = request.extra.get("chat_template_kwargs")
+    fault = template_fault(kwargs)
+    if fault is not None:
+        raise InvalidRequestError(f"chat_template_kwargs {fault}.")
+    return kwargs or {}
+
+
+def template_fault(kwargs: object) -> str | None:
+    """What is wrong with ``kwargs`` as keyword arguments for a chat template: the end of a sentence about them."""
+    if kwargs is None:
+        return None
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        return f"must be a mapping from names to values, not {kwargs!r}"
+    reserved = sorted(_RESERVED & kwargs.keys())
+    return f"cannot set {', '.join(reserved)}: that is the engine's own" if reserved else None
+
+
 def _tokenize(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
-    ids = tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    try:
+        ids = tuple(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    except (TypeError, UnicodeError) as error:
+        half = _half_character(text)
+        if half is None:
+            raise
+        raise InvalidRequestError(
+            f"The messages hold {half}, half of a surrogate pair, which no tokenizer can encode."
+        ) from error
     if not ids:
         raise InvalidRequestError("The prompt is empty: it has no tokens.")
     return ids
 
 
+def _half_character(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"U+{ord(text[error.start]):04X}"
+    return None
+
+
 def _render(tokenizer: Any, request: Request, kwargs: Mapping[str, Any]) -> str:
     messages = template_messages(request.messages)
-    tools = template_tools(request.tools) or None
     settings = {"add_generation_prompt": True, **kwargs}
     refusal: Exception | None = None
     for attempt in (messages, _merged(messages), _without_system(_merged(messages))):
         try:
-            text: str = tokenizer.apply_chat_template(attempt, tools=tools, tokenize=False, **settings)
+            text: str = tokenizer.apply_chat_template(attempt, tokenize=False, **settings)
         except Exception as error:  # templates are programs of the model's authors: they may raise anything
             refusal = refusal or error
         else:
@@ -128,17 +181,6 @@ def _arguments(text: str) -> Any:
         return json.loads(text or "{}")
     except ValueError:
         return text
-
-
-def template_tools(tools: tuple[Tool, ...]) -> list[dict[str, Any]]:
-    """Tools as chat templates expect them."""
-    return [
-        {
-            "type": "function",
-            "function": {"name": tool.name, "description": tool.description, "parameters": dict(tool.parameters)},
-        }
-        for tool in tools
-    ]
 
 
 def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

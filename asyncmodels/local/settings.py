@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from asyncmodels.errors import ConfigurationError
 
-__all__ = ["check_flag", "check_whole"]
+__all__ = ["check_flag", "check_keywords", "check_whole"]
 
 
 def check_whole(name: str, value: object, *, least: int = 1, optional: bool = False) -> None:
@@ -20,3 +22,9 @@ def check_flag(name: str, value: object) -> None:
     """Refuses everything but True and False."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name} must be True or False, not {value!r}.")
+
+
+def check_keywords(name: str, value: object) -> None:
+    """Refuses everything but None and a mapping whose keys are strings."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise ConfigurationError(f"{name} must be a mapping from names to values, not {value!r}.")

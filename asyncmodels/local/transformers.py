@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.local.engine import Engine, EngineStatistics
-from asyncmodels.local.settings import check_flag, check_whole
+from asyncmodels.local.prompt import template_fault
+from asyncmodels.local.settings import check_flag, check_keywords, check_whole
 from asyncmodels.model import Model
 from asyncmodels.request import Parameters
 from asyncmodels.types import Delta, Request, Response, ResponseBuilder
@@ -34,7 +35,7 @@ class TransformersBackend(Backend):
 
     capabilities = Capabilities(
         sampling=ALL_SAMPLING,
-        tool_choice=frozenset({"auto", "none"}),
+        tool_choice=frozenset(),
         logprobs=True,
         extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
     )
@@ -69,12 +70,10 @@ class TransformersBackend(Backend):
         check_whole("prefill_tokens", prefill_tokens, optional=True)
         check_flag("share_weights", share_weights)
         check_flag("trust_remote_code", trust_remote_code)
-        for name, value in (
-            ("model_kwargs", model_kwargs),
-            ("apply_chat_template_kwargs", apply_chat_template_kwargs),
-        ):
-            if not _is_keywords(value):
-                raise ConfigurationError(f"{name} must be a mapping from names to values, not {value!r}.")
+        check_keywords("model_kwargs", model_kwargs)
+        fault = template_fault(apply_chat_template_kwargs)
+        if fault is not None:
+            raise ConfigurationError(f"apply_chat_template_kwargs {fault}.")
         self.model_id = model_id
         factory = _factory(
             {
@@ -97,7 +96,7 @@ class TransformersBackend(Backend):
             when_full=when_full,
             max_new_tokens=max_new_tokens,
             max_restarts=max_restarts,
-            template_kwargs=apply_chat_template_kwargs,
+            chat_template_kwargs=apply_chat_template_kwargs,
         )
         # Nobody needs the engine of a backend that is gone: it frees its memory and its thread.
         weakref.finalize(self, self.engine.abandon).atexit = False
@@ -132,10 +131,6 @@ class TransformersBackend(Backend):
 
     async def aclose(self) -> None:
         await self.engine.aclose()
-
-
-def _is_keywords(value: object) -> bool:
-    return value is None or (isinstance(value, Mapping) and all(isinstance(name, str) for name in value))
 
 
 def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]) -> Callable[[], Runner]:

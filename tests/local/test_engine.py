@@ -20,7 +20,6 @@ from asyncmodels.errors import (
     InvalidRequestError,
     ModelLoadError,
     QueueFullError,
-    UnsupportedError,
 )
 from asyncmodels.local.engine import Engine
 from asyncmodels.local.runner import Failed, Output, Sampled
@@ -321,7 +320,7 @@ async def test_without_max_tokens(start: Start, runner: Any, ask: Ask) -> None:
         ({"max_tokens": 0}, InvalidRequestError),
         ({"temperature": -1}, InvalidRequestError),
         ({"stop_sequences": ("",)}, InvalidRequestError),
-        ({"extra": {"reasoning_effort": "high"}}, UnsupportedError),
+        ({"extra": {"chat_template_kwargs": 3}}, InvalidRequestError),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ import pytest
 
 from asyncmodels.errors import InvalidRequestError
 from asyncmodels.local.prompt import PromptEncoder, template_messages
-from asyncmodels.types import ImagePart, Message, Request, TextPart, Tool, ToolCall
+from asyncmodels.types import ImagePart, Message, Request, TextPart, ToolCall
 
 ALTERNATING = (
     "{% for message in messages %}{% set user = message['role'] == 'user' %}"
@@ -93,23 +93,57 @@ async def test_template_kwargs(own_tokenizer: Any, tokenizer: Any) -> None:
     )
 
 
-async def test_tools_and_calls_in_the_shape_of_templates(own_tokenizer: Any, tokenizer: Any) -> None:
-    """Templates get tool schemas, calls with arguments as objects, and results with the id of their call."""
-    own_tokenizer.chat_template = "{{ {'tools': tools, 'messages': messages} | tojson }}"
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        (3, "must be a mapping from names to values, not 3"),
+        ({1: 2}, "must be a mapping from names to values"),
+        ({"tokenize": True}, "cannot set tokenize"),
+        ({"tools": [], "conversation": [], "depth": 1}, "cannot set conversation, tools"),
+        ({"return_dict": True}, "cannot set return_dict"),
+    ],
+    ids=str,
+)
+async def test_template_kwargs_that_cannot_be(encoder: PromptEncoder, tokenizer: Any, kwargs: Any, words: str) -> None:
+    """What is no mapping, or would take the rendering out of our hands, is refused by name, not blamed on messages."""
+    with pytest.raises(InvalidRequestError, match=f"^chat_template_kwargs {words}"):
+        await text(encoder, tokenizer, Message("user", "x"), extra={"chat_template_kwargs": kwargs})
+
+
+async def test_template_kwargs_of_none(encoder: PromptEncoder, tokenizer: Any) -> None:
+    """None has nothing for the template, and the beginning of an answer may be left off."""
+    message = Message("user", "x")
+    whole = await text(encoder, tokenizer, message, extra={"chat_template_kwargs": None})
+    assert whole.endswith("<|start|>assistant\n")
+    kwargs = {"add_generation_prompt": False}
+    assert not (await text(encoder, tokenizer, message, extra={"chat_template_kwargs": kwargs})).endswith("assistant\n")
+
+
+@pytest.mark.parametrize("template", [True, False])
+async def test_half_a_character(own_tokenizer: Any, tokenizer: Any, template: bool) -> None:
+    """Text that is no text, a lone surrogate, is a clear refusal, and the next prompt works."""
+    if not template:
+        own_tokenizer.chat_template = None
     encoder = PromptEncoder(own_tokenizer)
-    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    with pytest.raises(InvalidRequestError, match=r"U\+D800"):
+        await text(encoder, tokenizer, Message("user", "a\ud800b"))
+    assert "fine" in await text(encoder, tokenizer, Message("user", "fine"))
+
+
+async def test_calls_in_the_shape_of_templates(own_tokenizer: Any, tokenizer: Any) -> None:
+    """Templates get calls with arguments as objects, and results with the id of their call."""
+    own_tokenizer.chat_template = "{{ messages | tojson }}"
+    encoder = PromptEncoder(own_tokenizer)
     messages = (
         Message(
             "assistant", None, tool_calls=(ToolCall("c1", "weather", '{"city": "Paris"}'), ToolCall("c2", "x", "{"))
         ),
         Message("tool", "rain", tool_call_id="c1", name="weather"),
     )
-    seen = json.loads(await text(encoder, tokenizer, *messages, tools=(Tool("weather", "tells it", schema),)))
-    function = {"name": "weather", "description": "tells it", "parameters": schema}
-    assert seen["tools"] == [{"type": "function", "function": function}]
-    calls = [call["function"] for call in seen["messages"][0]["tool_calls"]]
+    seen = json.loads(await text(encoder, tokenizer, *messages))
+    calls = [call["function"] for call in seen[0]["tool_calls"]]
     assert calls == [{"name": "weather", "arguments": {"city": "Paris"}}, {"name": "x", "arguments": "{"}]
-    assert seen["messages"][1] == {"role": "tool", "content": "rain", "tool_call_id": "c1", "name": "weather"}
+    assert seen[1] == {"role": "tool", "content": "rain", "tool_call_id": "c1", "name": "weather"}
 
 
 def test_input_is_not_changed() -> None:

@@ -136,6 +136,7 @@ async def test_what_it_cannot_do(tiny_model: Path) -> None:
     backend = TransformersBackend(str(tiny_model))
     for request in (
         Request(messages=(Message("user", "x"),), tools=(Tool("t"),)),
+        Request(messages=(Message("user", "x"),), tool_choice="auto"),
         Request(messages=(Message("user", "x"),), extra={"best_of": 3}),
     ):
         with pytest.raises(UnsupportedError):
@@ -161,6 +162,12 @@ def test_bad_settings(tiny_model: Path, name: str, values: tuple[Any, ...]) -> N
         with pytest.raises(ConfigurationError, match=f"^{name} must be ") as caught:
             TransformersModel(str(tiny_model), **{name: value})
         assert str(caught.value).endswith(f", not {value!r}.")
+
+
+def test_template_settings_that_are_the_engines(tiny_model: Path) -> None:
+    """What the engine itself tells the chat template cannot be a setting of the model."""
+    with pytest.raises(ConfigurationError, match=r"^apply_chat_template_kwargs cannot set tokenize:"):
+        TransformersModel(str(tiny_model), apply_chat_template_kwargs={"tokenize": True})
 
 
 async def test_models_that_are_none(tmp_path: Path, tiny_model: Path) -> None:
