@@ -6,6 +6,7 @@ The handle, not the engine, sees to it that a request ends exactly once: what co
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
@@ -110,7 +111,14 @@ class Job:
     ignore_eos: bool = False
     detokenizer: Detokenizes | None = None
     _text: list[str] = field(default_factory=list)
-    _logprobs: list[TokenLogprob] = field(default_factory=list)
+    _logprobs: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)
+    """Log-probabilities that nobody has yet, each with the place where the token's text begins."""
+    _decoded: int = 0
+    """Characters that the tokens so far stand for."""
+    _emitted: int = 0
+    """Those of them that belong to the answer for certain: no stop sequence can cut them off any more."""
+    _complete: bool = False
+    """Whether the text has ended, and with the last of the tokens instead of at a stop sequence."""
 
     def take(
         self, output: Sampled, eos_token_ids: frozenset[int], token_text: Callable[[int], str]
@@ -119,7 +127,8 @@ class Job:
         assert self.detokenizer is not None  # noqa: S101  # the worker makes it when the sequence starts
         if output.logprob is not None:
             top = tuple((token_text(token), logprob) for token, logprob in output.top)
-            self._logprobs.append(TokenLogprob(token_text(output.token), output.logprob, top))
+            entry = TokenLogprob(token_text(output.token), output.logprob, top)
+            self._logprobs.append((self._decoded, entry))
         reason: FinishReason | None = None
         if output.token in eos_token_ids and not self.ignore_eos:
             reason = "stop"
@@ -129,18 +138,27 @@ class Job:
                 reason = "length"
         if reason is not None and not self.stops.matched:
             self._emit(self.detokenizer.finish())
-            rest = self.stops.flush()
-            if rest:
-                self._text.append(rest)
+            self._keep(self.stops.flush())
+            self._complete = not self.stops.matched
         return "stop" if self.stops.matched else reason
 
     def drain(self) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """The text and the log-probabilities since the last time."""
+        """The text since the last time, and the log-probabilities of the tokens whose text begins in it.
+
+        When the text was cut at a stop sequence, those of the tokens that were cut off as a whole never come.
+        """
         text, self._text = "".join(self._text), []
-        logprobs, self._logprobs = tuple(self._logprobs), []
-        return text, logprobs
+        logprobs: list[TokenLogprob] = []
+        while self._logprobs and (self._complete or self._logprobs[0][0] < self._emitted):
+            logprobs.append(self._logprobs.popleft()[1])
+        return text, tuple(logprobs)
 
     def _emit(self, text: str) -> None:
-        text = self.stops.push(text) if text else ""
         if text:
+            self._decoded += len(text)
+            self._keep(self.stops.push(text))
+
+    def _keep(self, text: str) -> None:
+        if text:
+            self._emitted += len(text)
             self._text.append(text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.local.engine import Engine, EngineStatistics
+from asyncmodels.local.folder import model_source
 from asyncmodels.local.prompt import template_fault
 from asyncmodels.local.settings import check_flag, check_keywords, check_whole
 from asyncmodels.model import Model
@@ -135,10 +136,12 @@ class TransformersBackend(Backend):
 
 def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]) -> Callable[[], Runner]:
     def make() -> Runner:
+        source = model_source(locate(weights["model_id"]))  # first, because the imports take seconds
+
         from asyncmodels.local.transformers_runner import TransformersRunner
         from asyncmodels.local.weights import WeightsSpec
 
-        return TransformersRunner(WeightsSpec(**{**weights, "model_id": locate(weights["model_id"])}), **settings)
+        return TransformersRunner(WeightsSpec(**{**weights, "model_id": source}), **settings)
 
     return make
 
@@ -166,8 +169,9 @@ class TransformersModel(Model):
 
     A ``max_tokens`` that does not fit into the context is clipped to what does, which shows as finish_reason
     ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``ignore_eos`` and
-    ``chat_template_kwargs``. ``usage`` counts every generated token, an end-of-text token and those that a stop
-    sequence cuts off included, and ``logprobs`` has an entry for each of them.
+    ``chat_template_kwargs``; the extras of messages and their parts, hints to providers such as ``cache_control``, mean
+    nothing to a local model and are left aside. ``usage`` counts every generated token, an end-of-text token and those
+    that a stop sequence cuts off included; ``logprobs`` has an entry for each but those whose text was all cut off.
     """
 
     def __init__(

@@ -7,12 +7,10 @@ emulated bfloat16 as soon as a few rows are batched, at twice the memory.
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +66,6 @@ def shared_weights(spec: WeightsSpec) -> Weights:
 
 def load_weights(spec: WeightsSpec) -> Weights:
     """Loads model and tokenizer. Raises ModelLoadError, in one sentence."""
-    _check_folder(spec.model_id)
     try:
         return _load(spec)
     except ModelLoadError:
@@ -98,18 +95,6 @@ def _load(spec: WeightsSpec) -> Weights:
 
 
 _SOURCE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-
-
-def _check_folder(model_id: str) -> None:
-    path = Path(model_id).expanduser()
-    looks_like_path = path.is_absolute() or model_id.startswith((".", "~")) or model_id.count("/") > 1
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelLoadError(f"The folder {model_id!r} is not a model: it has no config.json.")
-    elif path.exists():
-        raise ModelLoadError(f"{model_id!r} is a file; a model is a folder or the name of a repository.")
-    elif looks_like_path or (os.sep != "/" and os.sep in model_id):
-        raise ModelLoadError(f"There is no folder {model_id!r}.")
 
 
 def _best_device() -> str:

@@ -148,6 +148,45 @@ async def test_logprobs_have_one_entry_for_each_token(start: Start, scripted: An
         assert response.logprobs[0].top == (("a", -0.5), ("b", -2.0))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("text", "stops", "count", "kept"),
+    [
+        ("abcdef", ("de",), 6, "abc"),
+        ("abcdef", ("ab",), 6, ""),
+        ("abcdef", ("ex",), 6, "abcdef"),
+        ("abcdef", ("efa",), 6, "abcdef"),
+        ("abcdef", ("efa", "def"), 6, "abc"),
+        ("aéb", ("b",), 6, "aéé"),
+        ("abé", ("é",), 6, "ab"),
+    ],
+)
+async def test_logprobs_belong_to_the_content(
+    start: Start, scripted: Any, ask: Ask, streaming: bool, text: str, stops: tuple[str, ...], count: int, kept: str
+) -> None:
+    """Where a stop cuts the text, the entries end with it, in a stream as well; what was cut off still counts.
+
+    ``kept`` has a character for each token whose entry is kept.
+    """
+
+    def output(sequence: Sequence, token: int) -> Output:
+        return Sampled(sequence, token, -1.0 - len(sequence.output))
+
+    engine = start(scripted(text, output=output))
+    handle = await engine.submit(ask(max_tokens=count, stop_sequences=stops, logprobs=0), streaming=streaming)
+    content, entries = "", 0
+    async for delta in handle:
+        content += delta.content
+        entries += len(delta.logprobs)
+        # Nobody hears of a token whose text may still be cut off.
+        assert entries <= len(content.replace("é", "éé"))
+        if delta.usage is not None:
+            generated = delta.usage.output_tokens
+    assert content.replace("é", "éé") == kept
+    assert entries == len(kept)
+    assert generated >= entries
+
+
 # -- cancelling -------------------------------------------------------------------------------------------------------
 
 

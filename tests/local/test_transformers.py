@@ -170,6 +170,33 @@ def test_template_settings_that_are_the_engines(tiny_model: Path) -> None:
         TransformersModel(str(tiny_model), apply_chat_template_kwargs={"tokenize": True})
 
 
+def test_no_model_is_said_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """That a folder is no model is found out without importing torch, which takes seconds."""
+    code = (
+        "import asyncio, sys\n"
+        "from asyncmodels.errors import ModelLoadError\n"
+        "from asyncmodels.local.transformers import TransformersModel\n"
+        "async def main():\n"
+        f"    for folder in ({str(tmp_path)!r}, {str(tmp_path / 'nowhere')!r}):\n"
+        "        try:\n"
+        "            await TransformersModel(folder).load()\n"
+        "        except ModelLoadError:\n"
+        "            assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+        "        else:\n"
+        "            sys.exit('loaded')\n"
+        "asyncio.run(main())\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+async def test_a_folder_in_the_home(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that begins with ~ leads to the home folder."""
+    monkeypatch.setenv("HOME", str(tiny_model.parent))
+    monkeypatch.setenv("USERPROFILE", str(tiny_model.parent))
+    async with TransformersModel(f"~/{tiny_model.name}", max_tokens=1) as model:
+        assert (await model.generate("x")).usage is not None
+
+
 async def test_models_that_are_none(tmp_path: Path, tiny_model: Path) -> None:
     """A missing folder, a folder without a model, a broken one and a bad dtype are a ModelLoadError in one sentence."""
     empty, broken = tmp_path / "empty", tmp_path / "broken"
