@@ -21,12 +21,11 @@ from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.prompt import template_kwargs
 from asyncmodels.local.runner import RunnerFactory
 from asyncmodels.local.sequence import Sampling, Sequence
-from asyncmodels.local.settings import check_whole
 from asyncmodels.local.worker import Ready, Tally, Worker, WorkerSettings
 from asyncmodels.stopping import StopMatcher
 from asyncmodels.types import Request
 
-__all__ = ["Engine", "EngineStatistics"]
+__all__ = ["Engine", "EngineStatistics", "check_whole"]
 
 EngineState = Literal["idle", "loading", "running", "dead", "closed"]
 
@@ -255,3 +254,12 @@ class Engine:
         if worker is None or worker.ended.done:
             return "idle"
         return "running" if worker.ready.done else "loading"
+
+
+def check_whole(name: str, value: object, *, least: int = 1, optional: bool = False) -> None:
+    """Raises ConfigurationError unless ``value`` is a whole number from ``least`` on, or None where ``optional``."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        none = ", or None" if optional else ""
+        raise ConfigurationError(f"{name} must be a whole number of at least {least}{none}, not {value!r}.")

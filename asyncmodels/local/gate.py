@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from asyncmodels.errors import QueueFullError
 from asyncmodels.local.scheduler import Counters, FairQueue
-from asyncmodels.local.settings import check_whole
 from asyncmodels.local.signals import fresh, post_now
 
 __all__ = ["Gate", "Ticket"]
@@ -59,8 +58,8 @@ class Gate:
     """
 
     def __init__(self, *, max_requests: int, max_tokens: int | None = None) -> None:
-        check_whole("max_requests", max_requests)
-        check_whole("max_tokens", max_tokens, optional=True)
+        if max_requests < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError("max_requests and max_tokens must be at least 1.")
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         self._lock = threading.Lock()

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingExtraError
-from asyncmodels.local.engine import Engine, EngineStatistics
+from asyncmodels.local.engine import Engine, EngineStatistics, check_whole
 from asyncmodels.local.folder import model_source
 from asyncmodels.local.prompt import template_fault
-from asyncmodels.local.settings import check_flag, check_keywords, check_whole
 from asyncmodels.model import Model
 from asyncmodels.request import Parameters
 from asyncmodels.types import Delta, Request, Response, ResponseBuilder
@@ -69,9 +68,11 @@ class TransformersBackend(Backend):
                     f'Local models need {package}, which is not installed: pip install "asyncmodels[transformers]"'
                 )
         check_whole("prefill_tokens", prefill_tokens, optional=True)
-        check_flag("share_weights", share_weights)
-        check_flag("trust_remote_code", trust_remote_code)
-        check_keywords("model_kwargs", model_kwargs)
+        for name, flag in (("share_weights", share_weights), ("trust_remote_code", trust_remote_code)):
+            if not isinstance(flag, bool):
+                raise ConfigurationError(f"{name} must be True or False, not {flag!r}.")
+        if model_kwargs is not None and not _is_keywords(model_kwargs):
+            raise ConfigurationError(f"model_kwargs must be a mapping from names to values, not {model_kwargs!r}.")
         fault = template_fault(apply_chat_template_kwargs)
         if fault is not None:
             raise ConfigurationError(f"apply_chat_template_kwargs {fault}.")
@@ -132,6 +133,10 @@ class TransformersBackend(Backend):
 
     async def aclose(self) -> None:
         await self.engine.aclose()
+
+
+def _is_keywords(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
 
 
 def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]) -> Callable[[], Runner]:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from asyncmodels.errors import ClosedError, ConfigurationError, QueueFullError
+from asyncmodels.errors import ClosedError, QueueFullError
 from asyncmodels.local.gate import Gate, Ticket
 
 
@@ -133,7 +133,7 @@ def test_a_waiter_whose_loop_is_closed_is_passed_over() -> None:
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_gate_that_lets_nobody_in(limit: int) -> None:
     """A queue without places, or without room for a single token, is a mistake: it would stay shut for ever."""
-    with pytest.raises(ConfigurationError, match=r"max_requests must be .* at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         Gate(max_requests=limit)
-    with pytest.raises(ConfigurationError, match=r"max_tokens must be .* at least 1"):
+    with pytest.raises(ValueError, match="at least 1"):
         Gate(max_requests=1, max_tokens=limit)
