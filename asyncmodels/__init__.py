@@ -62,7 +62,9 @@ if TYPE_CHECKING:
     from asyncmodels.policies.retry import Retry, RetryBudget
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
+    from asyncmodels.request import Parameters
     from asyncmodels.stream import Stream
+    from asyncmodels.sync import SyncModel, SyncStream
     from asyncmodels.types import (
         EBNF,
         Choice,
@@ -122,6 +124,7 @@ __all__ = [
     "OpenAIModel",
     "OpenAIServerModel",
     "OverloadedError",
+    "Parameters",
     "PermissionDeniedError",
     "Policy",
     "ProtocolError",
@@ -142,6 +145,8 @@ __all__ = [
     "Statistics",
     "Stream",
     "StreamError",
+    "SyncModel",
+    "SyncStream",
     "TLSError",
     "TextPart",
     "Timing",
@@ -169,10 +174,13 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Model": ("asyncmodels.model", None),
     "OpenAIModel": ("asyncmodels.remote.openai", "openai"),
     "OpenAIServerModel": ("asyncmodels.remote.openai", "openai"),
+    "Parameters": ("asyncmodels.request", None),
     "Retry": ("asyncmodels.policies.retry", None),
     "RetryBudget": ("asyncmodels.policies.retry", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
     "Statistics": ("asyncmodels.model", None),
+    "SyncModel": ("asyncmodels.sync", None),
+    "SyncStream": ("asyncmodels.sync", None),
     "Stream": ("asyncmodels.stream", None),
     "TransformersModel": ("asyncmodels.local.transformers", "transformers"),
 }

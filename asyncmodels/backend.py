@@ -138,7 +138,13 @@ def compose(backend: Backend, *policies: Callable[[Backend], Backend]) -> Backen
     for policy in reversed(policies):
         if not callable(policy):
             raise ConfigurationError(f"A policy is a class or function that takes a backend, not {policy!r}.")
-        wrapped = policy(backend)
+        try:
+            wrapped = policy(backend)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"The policy {policy!r} cannot be put around a backend: {error}. "
+                "Settings are given as in functools.partial(Concurrency, limit=8)."
+            ) from error
         if not isinstance(wrapped, Backend):
             raise ConfigurationError(f"The policy {policy!r} returned {type(wrapped).__name__}, not a Backend.")
         backend = wrapped

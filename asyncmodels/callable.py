@@ -39,7 +39,7 @@ class CallableModel(Model):
     usage are taken over where they are there), or is an async generator of strings or Deltas, which streams.
 
     A sync function runs in a worker thread; cancelling the call cannot interrupt it there, it is left to end by
-    itself. An exception of the function's own passes through unchanged.
+    itself, and the end of the program waits for it. An exception of the function's own passes through unchanged.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from asyncmodels.attempt import Attempt
 from asyncmodels.backend import Backend, Capabilities, Statistical, compose, links
 from asyncmodels.calls import Calls, call_timeout, require_asyncio, with_images
 from asyncmodels.deadline import within
-from asyncmodels.errors import ConfigurationError
+from asyncmodels.errors import ConfigurationError, InvalidResponseError
 from asyncmodels.formats import parse_response
 from asyncmodels.messages import needs_loading
 from asyncmodels.request import Parameters, build_request, normalise
@@ -100,6 +100,10 @@ class Model(Backend):
                 response = await self._answer(request)
             else:
                 response = await within(timeout, self._answer(request), lambda: call_timeout(timeout))
+            if not isinstance(response, Response):
+                raise InvalidResponseError(
+                    f"{type(self.backend).__name__}.generate returned {type(response).__name__}, not a Response."
+                )
             total = time.perf_counter() - started
             response = evolve(response, timing=evolve(response.timing, total=total))
             if request.response_format is not None:

@@ -118,7 +118,8 @@ class Message:
     """One turn of a conversation.
 
     ``content`` is a string, a tuple of parts, or None for an assistant turn that only calls tools. ``tool_call_id``
-    belongs to role ``"tool"``: which call this is the result of.
+    belongs to role ``"tool"``: which call this is the result of. ``reasoning`` is kept for the caller and not sent
+    back, because most providers refuse it; where one asks for it, ``extra={"reasoning_content": ...}`` sends it.
     """
 
     role: Role
@@ -229,7 +230,7 @@ class Request:
     attempt_timeout: float | None = None
     """Seconds for one attempt, once it was let through to the backend."""
     idle_timeout: float | None = None
-    """Seconds of silence allowed inside a stream."""
+    """Seconds of silence allowed inside a stream; ``generate`` has no use for it."""
     priority: int = 0
     """Higher goes first wherever requests wait."""
     agent: str | None = None

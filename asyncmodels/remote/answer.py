@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
 import httpx2
 import orjson
@@ -15,7 +16,7 @@ from asyncmodels.remote.sse import ServerSentEvent, SSEDecoder
 from asyncmodels.remote.status import error_from_body
 from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
-from asyncmodels.types import Delta, Request, Response, Timing, evolve
+from asyncmodels.types import Delta, Request, Response, Timing, TokenLogprob, evolve
 
 __all__ = ["deltas_of", "one_delta_of", "response_of", "without"]
 
@@ -24,15 +25,16 @@ def response_of(answer: httpx2.Response, request: Request, started: float) -> Re
     """The Response of a whole answer that came with a good status."""
     try:
         data = orjson.loads(answer.content)
-    except ValueError as error:
-        raise _not_json(answer) from error
+    except ValueError:
+        raise _not_json(answer) from None  # the parser's error holds the whole body
     request_id = answer.headers.get("x-request-id")
     response = response_from(data, request_id=request_id, service=time.perf_counter() - started)
     if request.stop_sequences and response.content:
         # Not every server honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
         if stop is not None:
-            return evolve(response, content=text, finish_reason="stop")
+            logprobs = None if response.logprobs is None else tuple(_LogprobGate(response.logprobs).until(len(text)))
+            return evolve(response, content=text, finish_reason="stop", logprobs=logprobs)
     return response
 
 
@@ -53,6 +55,7 @@ async def deltas_of(
     """The Deltas of a stream of server-sent events; raises TruncatedResponseError when it is cut off."""
     decoder, reader = SSEDecoder(), ChunkReader()
     matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
+    gate = _LogprobGate()
     first_token: float | None = None
     pieces = body_of(answer)
     ended = False
@@ -67,13 +70,14 @@ async def deltas_of(
                     continue
                 if first_token is None:
                     first_token = time.perf_counter() - started
-                if matcher is not None and delta.content:
+                if matcher is not None and (delta.content or delta.logprobs):
                     text = matcher.push(delta.content)
+                    shown = gate.push(delta.logprobs, len(text))
                     if matcher.matched:
                         timing = Timing(first_token=first_token, service=time.perf_counter() - started)
-                        yield reader.last(content=text, stopped=True, timing=timing)
+                        yield evolve(reader.last(content=text, stopped=True, timing=timing), logprobs=shown)
                         return
-                    delta = evolve(delta, content=text)
+                    delta = evolve(delta, content=text, logprobs=shown)
                 yield delta
             if ended:
                 break
@@ -82,17 +86,43 @@ async def deltas_of(
     if not ended and not reader.finished:
         raise TruncatedResponseError("The stream ended without a finish reason: it was cut off.")
     timing = Timing(first_token=first_token, service=time.perf_counter() - started)
-    yield reader.last(content=matcher.flush() if matcher is not None else "", timing=timing)
+    last = reader.last(content=matcher.flush() if matcher is not None else "", timing=timing)
+    yield evolve(last, logprobs=gate.rest())
     await _drain(pieces)
+
+
+class _LogprobGate:
+    """Holds log-probabilities back as long as the text of their tokens is held back; those of a stop never come."""
+
+    def __init__(self, waiting: tuple[TokenLogprob, ...] = ()) -> None:
+        self._waiting = deque(waiting)
+        self._begin = 0
+        self._shown = 0
+
+    def push(self, logprobs: tuple[TokenLogprob, ...], shown: int) -> tuple[TokenLogprob, ...]:
+        """What belongs to the text after ``shown`` more characters of it went out."""
+        self._waiting.extend(logprobs)
+        self._shown += shown
+        return tuple(self.until(self._shown))
+
+    def until(self, end: int) -> Iterator[TokenLogprob]:
+        """The entries of tokens that begin before character ``end``."""
+        while self._waiting and self._begin < end:
+            entry = self._waiting.popleft()
+            self._begin += len(entry.token)
+            yield entry
+
+    def rest(self) -> tuple[TokenLogprob, ...]:
+        return tuple(self._waiting)
 
 
 def _delta(event: ServerSentEvent, reader: ChunkReader) -> Delta | None:
     try:
         chunk = orjson.loads(event.data)
-    except ValueError as error:
+    except ValueError:
         if event.event == b"error":
             raise error_from_body(event.data.decode(errors="replace"), default=StreamError) from None
-        raise InvalidResponseError("A piece of the stream is not JSON.") from error
+        raise InvalidResponseError("A piece of the stream is not JSON.") from None
     if event.event == b"error":
         raise error_from_body(chunk.get("error", chunk) if isinstance(chunk, dict) else chunk, default=StreamError)
     return reader.read(chunk)
@@ -123,7 +153,8 @@ def _not_json(answer: httpx2.Response) -> InvalidResponseError:
 
 def without(secret: str | None, error: AsyncModelsError) -> AsyncModelsError:
     """``error`` without the key that some servers repeat when they refuse it."""
-    if secret and secret in error.message:
+    if secret:
         error.message = error.message.replace(secret, "***")
         error.args = (error.message, *error.args[1:])
+        error.code = None if error.code is None else error.code.replace(secret, "***")
     return error

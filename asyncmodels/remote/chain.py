@@ -28,6 +28,8 @@ def remote_chain(
     the default limit.
     """
     if policies is not None:
+        if not isinstance(policies, Sequence):
+            raise ConfigurationError(f"policies is a list of policies, not {policies!r}.")
         if max_concurrency is not None or retry is not True:
             raise ConfigurationError("policies replaces the default chain; put the limit and the retry into it.")
         return tuple(policies)

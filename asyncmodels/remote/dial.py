@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import httpx2
 
+from asyncmodels.errors import ConfigurationError
 from asyncmodels.remote.connection import Connection
 from asyncmodels.remote.http1 import request_head
 from asyncmodels.remote.proxies import Proxies, Proxy
@@ -32,7 +33,15 @@ def trust(*, http2: bool = False) -> ssl.SSLContext:
 def _trust(_file: str | None, _directory: str | None, _http2: bool) -> ssl.SSLContext:
     # Reading the store takes tens of milliseconds, so it is done once; httpx2 reads the two variables itself. With and
     # without HTTP/2 are two contexts, because httpx2's transport writes the protocols that it offers into its own.
-    context = httpx2.create_ssl_context()
+    try:
+        context = httpx2.create_ssl_context()
+    except OSError as error:
+        named = [
+            f"{name}={value!r}" for name, value in (("SSL_CERT_FILE", _file), ("SSL_CERT_DIR", _directory)) if value
+        ]
+        raise ConfigurationError(
+            f"The certificates to trust cannot be read ({', '.join(named) or 'those of the operating system'}): {error}"
+        ) from error
     context.set_alpn_protocols(["http/1.1"])
     return context
 

@@ -43,6 +43,10 @@ def configure(
     options: Mapping[str, Any],
 ) -> Endpoint:
     """What ``openai.AsyncOpenAI`` would send to, and with which headers."""
+    if not (api_key is None or isinstance(api_key, str) or callable(api_key)):
+        raise ConfigurationError(f"api_key must be a string or a function, not {type(api_key).__name__}.")
+    if not isinstance(api_base, str | None):
+        raise ConfigurationError(f"api_base must be a URL such as 'http://localhost:8000/v1', not {api_base!r}.")
     static_key = api_key if isinstance(api_key, str) else None
     dynamic = None if isinstance(api_key, str) else api_key
     try:
@@ -76,10 +80,15 @@ def configure(
             "content-type": "application/json",
         }
     )
-    headers.update(options.get("default_headers") or {})
+    for name, value in (options.get("default_headers") or {}).items():
+        if value is None:  # the way to say "without this header"
+            headers.pop(name, None)
+        else:
+            headers[name] = value
     secret = None
     if dynamic is None and "authorization" not in headers:
         secret = client.api_key
+        require_sendable(secret)
         headers["authorization"] = f"Bearer {secret}"
     base = httpx2.URL(str(client.base_url))
     if base.scheme not in ("http", "https") or not base.host:
@@ -89,6 +98,34 @@ def configure(
     if query:
         url = url.copy_merge_params(dict(query))
     return Endpoint(url=url, headers=headers, api_key=dynamic, secret=secret)
+
+
+def checked_options(client_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A copy of ``client_kwargs``; raises ConfigurationError for values that would fail later, and elsewhere."""
+    if not isinstance(client_kwargs, Mapping | None):
+        raise ConfigurationError(f"client_kwargs must be a dict, not {type(client_kwargs).__name__}.")
+    options = dict(client_kwargs or {})
+    retries = options.get("max_retries")
+    if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int) or retries < 0):
+        raise ConfigurationError(f"client_kwargs' max_retries must be a whole number, not {retries!r}.")
+    timeout = options.get("timeout")
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float | httpx2.Timeout | None):
+        raise ConfigurationError(f"client_kwargs' timeout must be seconds or an httpx2.Timeout, not {timeout!r}.")
+    if isinstance(timeout, int | float) and not timeout > 0:
+        raise ConfigurationError(f"client_kwargs' timeout must be more than 0 seconds, not {timeout!r}.")
+    for name in ("default_headers", "default_query"):
+        if not isinstance(options.get(name), Mapping | None):
+            raise ConfigurationError(f"client_kwargs' {name} must be a dict.")
+    for name, value in (options.get("default_headers") or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str | None):
+            raise ConfigurationError("client_kwargs' default_headers must be strings; None leaves a header out.")
+    return options
+
+
+def require_sendable(key: str) -> None:
+    """Raises ConfigurationError, without showing it, for a key that no header can carry."""
+    if not key.isascii() or not key.isprintable():
+        raise ConfigurationError("The API key holds characters that no key has: a line break, perhaps, or an umlaut.")
 
 
 def _unused(_request: httpx2.Request) -> httpx2.Response:
@@ -103,6 +140,8 @@ def make_pool(
     if client is not None and http_client is not None:
         raise ConfigurationError("http_client is given twice, as an argument and in client_kwargs.")
     client = client if client is not None else http_client
+    if not isinstance(client, httpx2.AsyncClient | None):
+        raise ConfigurationError(f"http_client must be an httpx2.AsyncClient, not {type(client).__name__}.")
     timeout = options.pop("timeout", None)
     if timeout is None:
         return HTTPPool(http_client=client, transport=transport, http2=http2)

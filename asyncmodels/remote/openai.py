@@ -12,11 +12,17 @@ import httpx2
 import orjson
 
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
-from asyncmodels.errors import AsyncModelsError, ConfigurationError, InvalidRequestError, MissingKeyError
+from asyncmodels.errors import (
+    AsyncModelsError,
+    AuthenticationError,
+    ConfigurationError,
+    InvalidRequestError,
+    MissingKeyError,
+)
 from asyncmodels.model import Model
 from asyncmodels.remote.answer import deltas_of, one_delta_of, response_of, without
 from asyncmodels.remote.chain import PolicyLike, remote_chain
-from asyncmodels.remote.endpoint import APIKey, Endpoint, configure, make_pool
+from asyncmodels.remote.endpoint import APIKey, Endpoint, checked_options, configure, make_pool, require_sendable
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
 from asyncmodels.remote.status import error_from_response
 from asyncmodels.remote.wire import Dialect, request_body
@@ -64,10 +70,14 @@ class OpenAIModel(Model):
     ) -> None:
         if not isinstance(model_id, str) or not model_id:
             raise ConfigurationError("OpenAIModel needs a model_id such as 'gpt-5'.")
-        options = dict(client_kwargs or {})
+        options = checked_options(client_kwargs)
         retries = options.pop("max_retries", None)
         if retries is not None and retry is True and policies is None:
-            retry = int(retries) + 1 if retries else False
+            retry = retries + 1 if retries else False
+        if not isinstance(max_tokens_field, str | None):
+            raise ConfigurationError(f"max_tokens_field must be the name of a field, not {max_tokens_field!r}.")
+        if not isinstance(custom_role_conversions, Mapping | None):
+            raise ConfigurationError("custom_role_conversions must be a dict of roles.")
         pool = make_pool(options, http_client=http_client, transport=transport, http2=http2)
         endpoint = configure(
             api_base=api_base, api_key=api_key, organization=organization, project=project, options=options
@@ -118,7 +128,7 @@ class OpenAIBackend(Backend):
         headers, secret = await self._authorized() if self._endpoint.api_key else self._static
         started = time.perf_counter()
         answer = await self.pool.request("POST", self._endpoint.url, headers=headers, content=body)
-        if answer.status_code != 200:
+        if not answer.is_success:
             raise without(secret, error_from_response(answer.status_code, answer.headers, answer.content))
         try:
             return response_of(answer, request, started)
@@ -131,7 +141,7 @@ class OpenAIBackend(Backend):
         headers, secret = await self._authorized() if self._endpoint.api_key else self._static
         started = time.perf_counter()
         async with self.pool.stream("POST", self._endpoint.url, headers=headers, content=body) as answer:
-            if answer.status_code != 200:
+            if not answer.is_success:
                 content = await answer.aread()
                 raise without(secret, error_from_response(answer.status_code, answer.headers, content))
             if "event-stream" in answer.headers.get("content-type", ""):
@@ -154,11 +164,17 @@ class OpenAIBackend(Backend):
     async def _authorized(self) -> tuple[httpx2.Headers, str | None]:
         """The headers with a key that was asked for just now, and the key."""
         source = self._endpoint.api_key
-        key = source() if callable(source) else source
-        if inspect.isawaitable(key):
-            key = await key
+        try:
+            key = source() if callable(source) else source
+            if inspect.isawaitable(key):
+                key = await key
+        except AsyncModelsError:
+            raise
+        except Exception as error:
+            raise AuthenticationError(f"The api_key function failed with a {type(error).__name__}.") from error
         if not isinstance(key, str) or not key:
             raise MissingKeyError("The api_key function returned no key.")
+        require_sendable(key)
         headers = self._endpoint.headers.copy()
         headers["authorization"] = f"Bearer {key}"
         return headers, key

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -40,6 +41,7 @@ from asyncmodels.remote.transport import Body
 __all__ = ["HTTPPool", "PoolStatistics", "TransportChoice", "body_of", "translate"]
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_KEEPING = frozenset({307, 308})
 _HTTPX2_DEFAULT = httpx2.Timeout(5.0)
 
 
@@ -64,7 +66,9 @@ class HTTPPool:
     hooks, auth and limits, and never closed; only where its timeout is httpx2's default of 5 seconds, too short for a
     language model, do ours apply.
 
-    A pool may be used from any number of event loops, one after the other or at the same time in several threads.
+    A pool may be used from any number of event loops, one after the other or at the same time in several threads; with
+    an ``http_client``, which belongs to one, from one. A POST follows redirects 307 and 308 only: the others would turn
+    it into a GET without a body, and are a ConfigurationError that names where they lead.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class HTTPPool:
         timeout = httpx2.Timeout(read_timeout, connect=connect_timeout, pool=None)
         self._settings = Settings(transport, timeout, http2)
         self._http_client = http_client
+        self._client_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
         self._leases: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lease] = WeakKeyDictionary()
         self._last: tuple[asyncio.AbstractEventLoop, _Lease] | None = None
         self._lock = threading.Lock()
@@ -109,13 +114,17 @@ class HTTPPool:
         lease.in_flight += 1
         try:
             transport = lease.fast
+            if lease.face is None:
+                return await lease.client.send(_build(lease, method, url, headers, content))
             if transport is None:
                 request = _build(lease, method, url, headers, content)
-                return await lease.client.send(request)
-            response = await transport.fetch(method, url, headers, content)
+                response = await lease.client.send(request, follow_redirects=False)
+            else:
+                response = await transport.fetch(method, url, headers, content)
             if response.status_code in _REDIRECTS and "location" in response.headers:
+                _keeps_method(response, method, url)
                 return await redirected(lease.client, response, method, url, headers, content)
-            if "content-encoding" in response.headers:
+            if transport is not None and "content-encoding" in response.headers:
                 return _decoded(response)
             return response
         except FOREIGN as error:
@@ -141,13 +150,17 @@ class HTTPPool:
         lease.in_flight += 1
         try:
             try:
-                if lease.fast is None:
-                    request = _build(lease, method, url, headers, content)
-                    response = await lease.client.send(request, stream=True)
-                else:
+                if lease.fast is not None:
                     response = await lease.fast.open(method, url, headers, content)
-                    if response.status_code in _REDIRECTS and "location" in response.headers:
-                        response = await redirected(lease.client, response, method, url, headers, content, stream=True)
+                elif lease.face is not None:
+                    request = _build(lease, method, url, headers, content)
+                    response = await lease.client.send(request, stream=True, follow_redirects=False)
+                else:
+                    # A client of the user's does as it was told.
+                    response = await lease.client.send(_build(lease, method, url, headers, content), stream=True)
+                if lease.face is not None and response.status_code in _REDIRECTS and "location" in response.headers:
+                    await _keeps_method_or_closes(response, method, url)
+                    response = await redirected(lease.client, response, method, url, headers, content, stream=True)
             except FOREIGN as error:
                 raise self._translate(error, url) from cause_of(error)
             try:
@@ -211,6 +224,11 @@ class HTTPPool:
             return _Lease(face.client, face, None)
         if client.is_closed:
             raise ClosedError("The http_client that was given was closed.")
+        # Its connections belong to the loop that they were made on; on another one they fail in odd ways.
+        first = self._client_loop() if self._client_loop is not None else loop
+        if first is not loop:
+            raise EventLoopError("The http_client that was given is in use on another event loop: give one per loop.")
+        self._client_loop = weakref.ref(loop)
         return _Lease(client, None, self._settings.timeout if client.timeout == _HTTPX2_DEFAULT else None)
 
     def _translate(self, error: BaseException, url: httpx2.URL) -> AsyncModelsError:
@@ -257,6 +275,24 @@ class _Lease:
     @property
     def alive(self) -> bool:
         return self.face is None or self.face.alive
+
+
+def _keeps_method(response: httpx2.Response, method: str, url: httpx2.URL) -> None:
+    if method != "POST" or response.status_code in _KEEPING:
+        return
+    target = url.join(response.headers["location"])
+    raise ConfigurationError(
+        f"{url.scheme}://{url.netloc.decode('ascii')} answers {response.status_code} and redirects to "
+        f"{target.scheme}://{target.netloc.decode('ascii')}, where a POST cannot follow: use that address."
+    )
+
+
+async def _keeps_method_or_closes(response: httpx2.Response, method: str, url: httpx2.URL) -> None:
+    try:
+        _keeps_method(response, method, url)
+    except ConfigurationError:
+        await response.aclose()
+        raise
 
 
 def _build(

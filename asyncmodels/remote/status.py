@@ -17,6 +17,7 @@ from asyncmodels.errors import (
     ContentFilterError,
     ContextLengthError,
     InvalidRequestError,
+    InvalidResponseError,
     NotFoundError,
     OverloadedError,
     PermissionDeniedError,
@@ -106,7 +107,8 @@ def error_from_body(error: Any, *, default: type[AsyncModelsError], request_id: 
 
 def _kind(status: int, code: str | None) -> type[AsyncModelsError]:
     by_code = _BY_CODE.get(code) if code is not None else None
-    by_status = _BY_STATUS.get(status) or (ServerError if status >= 500 else InvalidRequestError)
+    default = ServerError if status >= 500 else InvalidRequestError if status >= 400 else InvalidResponseError
+    by_status = _BY_STATUS.get(status, default)
     if by_code is None:
         return by_status
     # "invalid_request_error" is a type that accompanies every refusal; the status then knows more.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncmodels.errors import InvalidRequestError, InvalidResponseError, StreamError
+from asyncmodels.errors import InvalidRequestError, InvalidResponseError, StreamError, UnsupportedError
 from asyncmodels.messages import convert_roles, flatten
 from asyncmodels.remote.status import error_from_body
 from asyncmodels.types import (
@@ -108,7 +108,11 @@ def _json_schema(name: str, schema: Mapping[str, Any], *, strict: bool) -> dict[
 def _add_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
     for name, value in extra.items():
         if name == "stream_options" and "stream" in body:
+            if not isinstance(value, Mapping):
+                raise InvalidRequestError(f"extra's stream_options must be a dict, not {value!r}.")
             body[name] = {**body[name], **value}
+        elif name == "n" and value != 1:
+            raise UnsupportedError("One call gives one answer: ask again, or concurrently, instead of with n.")
         elif name in body or name == "stream":
             raise InvalidRequestError(f"extra sets {name!r}, which the request itself decides.")
         else:
@@ -164,16 +168,18 @@ def response_from(data: Any, *, request_id: str | None, service: float | None) -
         calls = tuple(_call(call, index) for index, call in enumerate(message.get("tool_calls") or ()))
         reason = finish_reason(choice.get("finish_reason"))
         logprobs = choice.get("logprobs")
+        if content is None and not calls and reason is None:
+            raise ValueError("neither content, nor tool calls, nor a finish reason")
         return make(
             Response,
             content=content,
             tool_calls=calls,
-            reasoning=message.get("reasoning_content") or message.get("reasoning") or None,
+            reasoning=_text(message.get("reasoning_content")) or _text(message.get("reasoning")) or None,
             # Some servers say "stop" where they mean that they called a tool.
             finish_reason="content_filter" if refused else "tool_calls" if calls and reason == "stop" else reason,
             usage=usage_from(data.get("usage")),
-            model=data.get("model"),
-            id=data.get("id"),
+            model=_text(data.get("model")),
+            id=_text(data.get("id")),
             logprobs=logprobs_from(logprobs) if logprobs else None,
             timing=make(Timing, service=service),
             raw=data,
@@ -208,7 +214,14 @@ def _call(call: Mapping[str, Any], index: int) -> ToolCall:
     arguments = function.get("arguments")
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments if arguments is not None else {})
-    return ToolCall(call.get("id") or f"call_{index}", function["name"], arguments)
+    name = function["name"]
+    if not isinstance(name, str):
+        raise ValueError("a tool call without a name")
+    return ToolCall(_text(call.get("id")) or f"call_{index}", name, arguments)
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 _FINISH: dict[str, FinishReason] = {
@@ -240,23 +253,27 @@ def finish_reason(value: Any) -> FinishReason | None:
 def usage_from(value: Any) -> Usage | None:
     if not value:
         return None
-    prompt, completion = value.get("prompt_tokens"), value.get("completion_tokens")
-    if prompt is None and completion is None:
-        return None
+    prompt, completion = _count(value.get("prompt_tokens")), _count(value.get("completion_tokens"))
+    if prompt is None or completion is None:
+        return None  # half an account would be taken for a whole one
     return Usage(
-        prompt or 0,
-        completion or 0,
-        (value.get("prompt_tokens_details") or {}).get("cached_tokens"),
-        (value.get("completion_tokens_details") or {}).get("reasoning_tokens"),
+        prompt,
+        completion,
+        _count((value.get("prompt_tokens_details") or {}).get("cached_tokens")),
+        _count((value.get("completion_tokens_details") or {}).get("reasoning_tokens")),
     )
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
 
 
 def logprobs_from(value: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
     return tuple(
         TokenLogprob(
             item["token"],
-            item["logprob"],
-            tuple((top["token"], top["logprob"]) for top in item.get("top_logprobs") or ()),
+            float(item["logprob"]),
+            tuple((top["token"], float(top["logprob"])) for top in item.get("top_logprobs") or ()),
         )
         for item in value.get("content") or ()
     )
@@ -294,6 +311,8 @@ class ChunkReader:
                     raise error_from_body(chunk["error"], default=StreamError)
                 return None
             choice = choices[0]
+            if choice.get("index"):
+                return None  # another answer than the one that was asked for
             if choice.get("finish_reason") is not None:
                 self._finish = finish_reason(choice["finish_reason"])
             delta = choice.get("delta") or {}
@@ -318,7 +337,7 @@ class ChunkReader:
     def _rare(self, chunk: Mapping[str, Any], choice: Mapping[str, Any], delta: Mapping[str, Any]) -> Delta | None:
         content, refused = _content(delta)
         self._refused = self._refused or refused
-        reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
+        reasoning = _text(delta.get("reasoning_content")) or _text(delta.get("reasoning")) or ""
         calls = tuple(self._call(call) for call in delta.get("tool_calls") or ())
         logprobs = logprobs_from(choice["logprobs"]) if choice.get("logprobs") else ()
         if self._introduced and not (content or reasoning or calls or logprobs):
@@ -330,8 +349,8 @@ class ChunkReader:
             reasoning=reasoning,
             tool_calls=calls,
             logprobs=logprobs,
-            model=chunk.get("model") if first else None,
-            id=chunk.get("id") if first else None,
+            model=_text(chunk.get("model")) if first else None,
+            id=_text(chunk.get("id")) if first else None,
         )
 
     def _call(self, call: Mapping[str, Any]) -> ToolCallDelta:
@@ -346,7 +365,7 @@ class ChunkReader:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments)
-        return ToolCallDelta(index, identity, function.get("name"), arguments)
+        return ToolCallDelta(index, _text(identity), _text(function.get("name")), arguments)
 
     def last(self, *, content: str = "", stopped: bool = False, timing: Timing | None = None) -> Delta:
         """The Delta that ends the stream; ``stopped`` when a stop sequence was found here."""

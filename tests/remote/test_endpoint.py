@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
-from asyncmodels import ConfigurationError, InvalidRequestError, MissingKeyError, OpenAIModel
+from asyncmodels import Concurrency, ConfigurationError, InvalidRequestError, MissingKeyError, OpenAIModel, Retry
+from asyncmodels.remote.dial import trust
 from asyncmodels.remote.endpoint import Endpoint, configure
 from asyncmodels.remote.openai import OpenAIBackend
 
@@ -136,3 +138,53 @@ def test_openai_itself_gets_max_completion_tokens() -> None:
     assert field() == "max_completion_tokens"
     assert field(api_base="http://localhost:1/v1") == "max_tokens"
     assert field(api_base="http://localhost:1/v1", max_tokens_field="max_completion_tokens") == "max_completion_tokens"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"client_kwargs": [1]},
+        {"client_kwargs": {"max_retries": "abc"}},
+        {"client_kwargs": {"max_retries": -1}},
+        {"client_kwargs": {"timeout": "x"}},
+        {"client_kwargs": {"timeout": 0}},
+        {"client_kwargs": {"default_headers": {"a": 1}}},
+        {"client_kwargs": {"default_query": "a=b"}},
+        {"custom_role_conversions": ["a"]},
+        {"http_client": 3},
+        {"api_key": 3},
+        {"api_key": "sk-\u00e4"},
+        {"api_key": "sk-a\n"},
+        {"api_base": 3},
+        {"max_tokens_field": 3},
+        {"max_concurrency": "many"},
+        {"max_concurrency": 0},
+        {"retry": 0},
+        {"policies": Retry},
+        {"policies": [Concurrency]},
+        {"policies": [3]},
+        {"transport": "carrier pigeon"},
+    ],
+)
+def test_a_wrong_setting_fails_where_it_is_written(options: dict[str, Any]) -> None:
+    """Each is a ConfigurationError in one sentence that does not show the key, and not a surprise at the first call."""
+    with pytest.raises(ConfigurationError) as caught:
+        OpenAIModel("m", **{"api_key": KEY, **options})
+    assert "\n" not in str(caught.value)
+    assert KEY not in str(caught.value)
+    assert "sk-" not in str(caught.value)
+
+
+def test_none_leaves_a_header_out() -> None:
+    """The way to send no Authorization header of one's own, or no organisation."""
+    assert "x-a" not in endpoint(options={"default_headers": {"x-a": None}}).headers
+
+
+def test_certificates_that_cannot_be_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A wrong SSL_CERT_FILE is named, and is no failed connection that is tried again."""
+    junk = tmp_path / "junk.pem"
+    junk.write_text("no certificate")
+    for name in (junk, tmp_path / "missing.pem"):
+        monkeypatch.setenv("SSL_CERT_FILE", str(name))
+        with pytest.raises(ConfigurationError, match="SSL_CERT_FILE"):
+            trust()

@@ -19,8 +19,10 @@ from asyncmodels import (
     AttemptTimeoutError,
     AuthenticationError,
     Concurrency,
+    ConfigurationError,
     ConnectError,
     ConnectionLostError,
+    EventLoopError,
     IdleTimeoutError,
     InvalidRequestError,
     InvalidResponseError,
@@ -554,6 +556,94 @@ async def test_a_stream_that_never_begins(server: Server) -> None:
             await model.stream("x", attempt_timeout=0.3).response()
         await place.until(closed_early=1)
         assert_idle(model)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303])
+async def test_a_redirect_that_loses_the_request_is_refused(server: Server, code: int) -> None:
+    """http answering with "moved to https" must not become a GET without a body; the error names the address."""
+    place = server.script(Answer(status=code, headers=[("location", "https://elsewhere.test/v1/chat/completions")]))
+    async with model_at(place) as model:
+        with pytest.raises(ConfigurationError, match=r"https://elsewhere\.test"):
+            await model.generate("x")
+        with pytest.raises(ConfigurationError, match=r"https://elsewhere\.test"):
+            await model.stream("x").response()
+        assert_idle(model)
+    assert len(place.seen().requests) == 2
+
+
+async def test_any_good_status_is_an_answer(server: Server) -> None:
+    """201 carries a completion; 204 carries nothing, and is not the caller's fault."""
+    place = server.script(Answer(status=201, content="ok"), Answer(status=204, body=""))
+    async with model_at(place) as model:
+        assert str(await model.generate("x")) == "ok"
+        with pytest.raises(InvalidResponseError):
+            await model.generate("x")
+
+
+async def test_one_call_is_one_answer(server: Server) -> None:
+    """Several choices would be mixed or lost, so they are refused, and strangers among the chunks are left out."""
+    events = [chunk({"content": "A"}), chunk({"content": "B"}).replace('"index": 0', '"index": 1'), chunk({}, "stop")]
+    place = server.script(Answer(events=events))
+    async with model_at(place) as model:
+        with pytest.raises(UnsupportedError, match="n"):
+            await model.generate("x", extra={"n": 2})
+        with pytest.raises(InvalidRequestError, match="stream_options"):
+            await model.stream("x", extra={"stream_options": 3}).response()
+        assert (await model.stream("x").response()).content == "A"
+
+
+async def test_log_probabilities_end_where_the_text_does(server: Server) -> None:
+    """Those of tokens that a stop cut off do not come, whole or streamed."""
+
+    def scored(text: str) -> dict[str, Any]:
+        return {"content": [{"token": text, "logprob": -1.0}]}
+
+    def piece(text: str) -> str:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": None, "logprobs": scored(text)}
+        return json.dumps({"choices": [choice]})
+
+    whole = {"message": {"content": "a END b"}, "finish_reason": "stop"}
+    tokens = [{"token": token, "logprob": -1.0} for token in ("a", " ", "E", "ND", " b")]
+    body = json.dumps({"choices": [{**whole, "logprobs": {"content": tokens}}]})
+    events = [*(piece(token) for token in ("a", " ", "E", "ND", " b")), chunk({}, "stop")]
+    place = server.script(Answer(body=body), Answer(events=events), Answer(events=events))
+    async with model_at(place) as model:
+        generated = await model.generate("x", logprobs=0, stop_sequences=["END"])
+        streamed = await model.stream("x", logprobs=0, stop_sequences=["END"]).response()
+        uncut = await model.stream("x", logprobs=0, stop_sequences=["ENDE"]).response()
+    assert generated.content == streamed.content == "a "
+    for response in (generated, streamed):
+        assert [entry.token for entry in response.logprobs or ()] == ["a", " "]
+    assert [entry.token for entry in uncut.logprobs or ()] == ["a", " ", "E", "ND", " b"]
+
+
+def test_a_client_of_the_users_own_belongs_to_one_loop(server: Server) -> None:
+    """On a second loop it would fail in odd ways; the error says what to do."""
+    body = {"choices": [{"message": {"content": "hi"}, "finish_reason": "stop"}]}
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(200, json=body))
+    model = model_at(server.script(), http_client=httpx2.AsyncClient(transport=transport))
+    assert str(asyncio.run(ask_once(model))) == "hi"
+    with pytest.raises(EventLoopError, match="one per loop"):
+        asyncio.run(ask_once(model))
+
+
+async def ask_once(model: Model) -> asyncmodels.Response:
+    return await model.generate("x")
+
+
+async def test_a_key_function_that_fails(server: Server) -> None:
+    """Its own exception is the cause of an error of ours, and the next attempt asks again."""
+    keys = {"vault": "good"}
+    names = iter(["vaults", "vault"])
+
+    def key() -> str:
+        return keys[next(names)]
+
+    async with model_at(server.script(Answer(content="ok")), api_key=key) as model:
+        with pytest.raises(AuthenticationError) as caught:
+            await model.generate("x")
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert str(await model.generate("x")) == "ok"
 
 
 # -- cancelling, leaving, sharing -------------------------------------------------------------------------------------

@@ -188,16 +188,29 @@ async def test_answers_never_mix(server: Server) -> None:
     await pool.aclose()
 
 
-@pytest.mark.parametrize(("status", "method"), [(301, "GET"), (302, "GET"), (303, "GET"), (307, "POST"), (308, "POST")])
-async def test_redirects_are_followed(pool: HTTPPool, server: Server, status: int, method: str) -> None:
-    """By httpx2's rules: 307 and 308 repeat the request with its body, the others become a GET."""
+@pytest.mark.parametrize("status", [307, 308])
+async def test_redirects_are_followed(pool: HTTPPool, server: Server, status: int) -> None:
+    """307 and 308 repeat the request with its body."""
     place = server.script(Answer(status=status, headers=[("location", "there")]), Answer(body="there"))
     response = await pool.request("POST", httpx2.URL(f"{place.url}/here"), headers=HEADERS, content=WHOLE)
     assert response.text == "there"
     first, second = place.seen().requests
-    assert (first.method, second.method) == ("POST", method)
-    assert second.body == (WHOLE if method == "POST" else b"")
+    assert (first.method, second.method) == ("POST", "POST")
+    assert second.body == WHOLE
     assert second.header("authorization") == "Bearer key"
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+async def test_redirects_that_lose_the_body_are_refused(pool: HTTPPool, server: Server, status: int) -> None:
+    """A POST that became a GET would be answered by something else; the connection is free again."""
+    place = server.script(Answer(status=status, headers=[("location", "there")]))
+    url = httpx2.URL(f"{place.url}/here")
+    with pytest.raises(ConfigurationError, match=str(status)):
+        await pool.request("POST", url, headers=HEADERS, content=WHOLE)
+    with pytest.raises(ConfigurationError, match=str(status)):
+        await pool.stream("POST", url, headers=HEADERS, content=STREAM).__aenter__()
+    assert pool.statistics().in_flight == 0
+    assert len(place.seen().requests) == 2
 
 
 async def test_a_stream_follows_redirects(pool: HTTPPool, server: Server) -> None:

@@ -138,6 +138,14 @@ def test_usage_that_was_not_given_is_none(usage: Any) -> None:
     assert read(completion(usage=usage)).usage is None
 
 
+def test_fields_of_a_wrong_type_do_not_pass_for_right_ones() -> None:
+    """What nobody can use is left out, instead of surfacing later in somebody's arithmetic."""
+    usage = {"prompt_tokens": "a", "completion_tokens": 3}
+    response = read({**completion({"reasoning_content": {"a": 1}}, usage=usage), "id": 5, "model": [1]})
+    assert (response.id, response.model, response.reasoning, response.usage) == (None, None, None, None)
+    assert read(completion(usage={"prompt_tokens": 3})).usage is None
+
+
 def test_tool_calls_in_their_variations() -> None:
     """Arguments as an object, no id, finish reason "stop": all seen on compatible servers."""
     calls = [
@@ -190,6 +198,8 @@ def test_logprobs() -> None:
         {"choices": [{"message": {"content": [{"type": "text"}]}}]},
         {"choices": [{"message": {"tool_calls": [{"id": "x"}]}}]},
         {"choices": [{"message": {"content": "x"}}], "usage": "many"},
+        {"choices": [{"message": {"content": None}}]},
+        {"choices": [{"message": {"tool_calls": [{"function": {"name": 2}}]}}]},
     ],
 )
 def test_a_wrong_shape_is_a_typed_error(data: Any) -> None:
