@@ -445,14 +445,24 @@ def failing(times: int) -> Callable[[list[Sequence]], None]:
 
 async def test_a_step_that_raises(start: Start, scripted: Any, ask: Ask) -> None:
     """Everybody who is with the engine hears of it at once, each his own error with the cause; then it works again."""
-    runner = scripted(before_step=failing(1))
+    steps = iter(range(1000))
+
+    def before_step(_: list[Sequence]) -> None:
+        if next(steps) == 1:
+            raise RuntimeError("out of memory")
+
+    runner = scripted(before_step=before_step)
+    runner.go.clear()
     engine = start(runner, max_batch_size=2)
-    results = await asyncio.gather(*(answer(engine, ask(max_tokens=3)) for _ in range(5)), return_exceptions=True)
-    dead = [result for result in results if isinstance(result, EngineDeadError)]
-    assert len(dead) >= 2
-    assert len(set(map(id, dead))) == len(dead)
-    assert all(isinstance(error.__cause__, RuntimeError) and "out of memory" in str(error) for error in dead)
-    assert all(isinstance(result, EngineDeadError | Response) for result in results)
+    # The first step waits until all of them are with the engine, two as rows at the second step and three queued.
+    handles = [await engine.submit(ask(max_tokens=3), streaming=False) for _ in range(5)]
+    runner.go.set()
+    dead = await asyncio.gather(*(handle.__anext__() for handle in handles), return_exceptions=True)
+    assert len(set(map(id, dead))) == 5
+    for error in dead:
+        assert isinstance(error, EngineDeadError)
+        assert isinstance(error.__cause__, RuntimeError)
+        assert "out of memory" in str(error)
     assert runner.resets == 1
     await assert_idle(engine, ask)
 
