@@ -463,8 +463,8 @@ async def test_a_step_that_raises(start: Start, scripted: Any, ask: Ask) -> None
         assert isinstance(error, EngineDeadError)
         assert isinstance(error.__cause__, RuntimeError)
         assert "out of memory" in str(error)
-    assert runner.resets == 1
     await assert_idle(engine, ask)
+    assert runner.resets == 1
 
 
 async def test_restarts_are_bounded(start: Start, scripted: Any, ask: Ask) -> None:
