@@ -2,7 +2,7 @@
 # From a fresh checkout to 32 agents that share one local model: bash examples/quickstart.sh
 #
 # Makes .venv in the checkout, installs the package, fetches SmolLM2-135M (up to 270 MB) and runs
-# examples/many_agents.py. Needs Python 3.11 or later (PYTHON says which) and nothing else; a second run takes seconds.
+# examples/many_agents.py. Needs Python 3.11 or later (PYTHON says which) and nothing else; a second run only loads and answers.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
