@@ -379,7 +379,6 @@ async def test_a_chat_message_with_tool_calls_and_usage() -> None:
 @pytest.mark.parametrize(
     "answer",
     [None, 5, b"text", ["text"], object(), SimpleNamespace(content=5), SimpleNamespace(content=None)],
-    ids=repr,
 )
 async def test_nonsense_is_an_error(answer: object) -> None:
     """What is no text and has no content is an InvalidResponseError that names its type."""
@@ -425,7 +424,7 @@ async def test_a_generator_of_deltas_keeps_all_that_they_carry() -> None:
     assert (held.content, held.finish_reason) == ("one END twothree", "tool_calls")
 
 
-@pytest.mark.parametrize("error", [LookupError("mine"), ServerError("ours"), StopIteration("odd")], ids=repr)
+@pytest.mark.parametrize("error", [LookupError("mine"), ServerError("ours"), StopIteration("odd")])
 @pytest.mark.parametrize("kind", ["sync", "async", "generator"])
 async def test_exceptions_pass_through(kind: str, error: Exception) -> None:
     """The function's own exception is the caller's; StopIteration, which no coroutine can raise, is its cause."""
@@ -465,9 +464,7 @@ async def test_policies_work_around_a_function() -> None:
 # -- making one -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "function", [lambda: "hi", lambda **kwargs: "hi", lambda *, messages: "hi", "shout", None], ids=repr
-)
+@pytest.mark.parametrize("function", [lambda: "hi", lambda **kwargs: "hi", lambda *, messages: "hi", "shout", None])
 def test_what_takes_no_messages_is_refused(function: Any) -> None:
     """A function without a place for the messages, or no function, is a ConfigurationError at once."""
     with pytest.raises(ConfigurationError):

@@ -199,7 +199,6 @@ def test_an_unknown_parameter_comes_with_a_hint(name: str, hint: str) -> None:
         {"tool_choice": "required", "tools": [weather], "grammar": Choice(("a",))},
         {"tool_choice": "weather", "tools": [weather], "grammar": Choice(("a",))},
     ],
-    ids=repr,
 )
 def test_bad_parameters_are_one_sentence(params: dict[str, Any]) -> None:
     """What can never work is an InvalidRequestError of one sentence that names the parameter."""
@@ -224,7 +223,6 @@ def test_bad_parameters_are_one_sentence(params: dict[str, Any]) -> None:
         ["Hi."],
         [{"role": "user", "content": None}],
     ],
-    ids=repr,
 )
 def test_bad_messages_are_one_sentence(messages: object) -> None:
     """Messages that cannot be understood are an InvalidRequestError of one sentence."""
