@@ -98,7 +98,8 @@ RUNTIMES = {"accelerate", "gguf", "numpy", "safetensors", "tokenizers", "torch",
 FOREIGN: Mapping[str, set[str]] = {
     "callable": {"anyio"},
     "policies.retry": {"tenacity"},
-    "remote": {"anyio", "httptools", "httpx2", "openai", "orjson"},
+    "remote": {"anyio", "httptools", "httpx2", "orjson"},
+    "remote.openai_client": {"openai"},
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
 }
 """Packages of others, imported at the top of the leaf that owns them."""

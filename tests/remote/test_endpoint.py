@@ -10,8 +10,9 @@ import pytest
 
 from asyncmodels import Concurrency, ConfigurationError, InvalidRequestError, MissingKeyError, OpenAIModel, Retry
 from asyncmodels.remote.dial import trust
-from asyncmodels.remote.endpoint import Endpoint, configure
+from asyncmodels.remote.endpoint import Endpoint
 from asyncmodels.remote.openai import OpenAIBackend
+from asyncmodels.remote.openai_client import configure
 
 KEY = "sk-secret-0123456789"
 

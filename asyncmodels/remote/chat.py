@@ -1,0 +1,118 @@
+"""The chat-completions API over the pool: what OpenAI, Azure, Hugging Face and all that copy them have in common."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any
+
+import httpx2
+import orjson
+
+from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.errors import AsyncModelsError, AuthenticationError, InvalidRequestError, MissingKeyError
+from asyncmodels.remote.answer import deltas_of, one_delta_of, response_of, without
+from asyncmodels.remote.endpoint import Endpoint, require_sendable
+from asyncmodels.remote.pool import HTTPPool
+from asyncmodels.remote.status import error_from_response
+from asyncmodels.remote.wire import Dialect, request_body
+from asyncmodels.types import Delta, JSONSchema, Request, Response
+
+__all__ = ["ChatBackend"]
+
+
+class ChatBackend(Backend):
+    """One endpoint that speaks OpenAI's chat completions, one model, no policy."""
+
+    capabilities = Capabilities(
+        sampling=ALL_SAMPLING,
+        tools=True,
+        images=True,
+        logprobs=True,
+        response_format=True,
+        grammars=frozenset({JSONSchema}),
+        extra=True,
+    )
+
+    def __init__(self, model_id: str, endpoint: Endpoint, *, pool: HTTPPool, dialect: Dialect) -> None:
+        self.model_id = model_id
+        self.pool = pool
+        self._endpoint = endpoint
+        self._dialect = dialect
+        self._static = (endpoint.headers, endpoint.secret)
+
+    async def generate(self, request: Request, /) -> Response:
+        body = self._body(request, stream=False)
+        headers, secret = await self._authorized() if self._endpoint.api_key else self._static
+        started = time.perf_counter()
+        answer = await self.pool.request("POST", self._endpoint.url, headers=headers, content=body)
+        if not answer.is_success:
+            raise without(secret, error_from_response(answer.status_code, answer.headers, answer.content))
+        try:
+            return response_of(answer, request, started)
+        except AsyncModelsError as error:
+            raise without(secret, error) from error.__cause__
+
+    @asynccontextmanager
+    async def _stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
+        body = self._body(request, stream=True)
+        headers, secret = await self._authorized() if self._endpoint.api_key else self._static
+        started = time.perf_counter()
+        async with self.pool.stream("POST", self._endpoint.url, headers=headers, content=body) as answer:
+            if not answer.is_success:
+                content = await answer.aread()
+                raise without(secret, error_from_response(answer.status_code, answer.headers, content))
+            if "event-stream" in answer.headers.get("content-type", ""):
+                deltas = deltas_of(answer, request, started, secret)
+            else:
+                deltas = one_delta_of(answer, request, started, secret)
+            async with aclosing(deltas):
+                yield deltas
+
+    def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
+        return self._stream(request)
+
+    def _body(self, request: Request, *, stream: bool) -> bytes:
+        body = request_body(request, self.model_id, self._dialect, stream=stream)
+        try:
+            return orjson.dumps(body, default=_encode)
+        except TypeError as error:
+            raise InvalidRequestError(f"The request cannot be written as JSON: {error}.") from error
+
+    async def _authorized(self) -> tuple[httpx2.Headers, str | None]:
+        """The headers with a key that was asked for just now, and the key."""
+        source = self._endpoint.api_key
+        try:
+            key = source() if callable(source) else source
+            if inspect.isawaitable(key):
+                key = await key
+        except AsyncModelsError:
+            raise
+        except Exception as error:
+            raise AuthenticationError(f"The api_key function failed with a {type(error).__name__}.") from error
+        if not isinstance(key, str) or not key:
+            raise MissingKeyError("The api_key function returned no key.")
+        require_sendable(key)
+        headers = self._endpoint.headers.copy()
+        headers["authorization"] = f"Bearer {key}"
+        return headers, key
+
+    async def aclose(self) -> None:
+        await self.pool.aclose()
+
+    def statistics(self) -> Any:
+        return self.pool.statistics()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.model_id!r} at {self._endpoint.url.host}>"
+
+
+def _encode(value: Any) -> Any:
+    """What orjson does not know by itself; schemas and extras may hold any Mapping."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} is not JSON")
