@@ -14,7 +14,7 @@ import orjson
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import AsyncModelsError, AuthenticationError, InvalidRequestError, MissingKeyError
 from asyncmodels.remote.answer import deltas_of, one_delta_of, response_of, without
-from asyncmodels.remote.endpoint import Endpoint, require_sendable
+from asyncmodels.remote.endpoint import Endpoint, Pass, require_sendable
 from asyncmodels.remote.pool import HTTPPool
 from asyncmodels.remote.status import error_from_response
 from asyncmodels.remote.wire import Dialect, request_body
@@ -41,33 +41,32 @@ class ChatBackend(Backend):
         self.pool = pool
         self._endpoint = endpoint
         self._dialect = dialect
-        self._static = (endpoint.headers, endpoint.secret)
+        self._static = Pass(endpoint.headers, endpoint.secret)
 
     async def generate(self, request: Request, /) -> Response:
         body = self._body(request, stream=False)
-        headers, secret = await self._authorized() if self._endpoint.api_key else self._static
+        way = await self._authorized() if self._endpoint.api_key else self._static
         started = time.perf_counter()
-        answer = await self.pool.request("POST", self._endpoint.url, headers=headers, content=body)
+        answer = await self.pool.request("POST", self._endpoint.url, headers=way.headers, content=body)
         if not answer.is_success:
-            raise without(secret, error_from_response(answer.status_code, answer.headers, answer.content))
+            raise self._refused(answer, answer.content, way)
         try:
             return response_of(answer, request, started)
         except AsyncModelsError as error:
-            raise without(secret, error) from error.__cause__
+            raise without(way.secret, error) from error.__cause__
 
     @asynccontextmanager
     async def _stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
         body = self._body(request, stream=True)
-        headers, secret = await self._authorized() if self._endpoint.api_key else self._static
+        way = await self._authorized() if self._endpoint.api_key else self._static
         started = time.perf_counter()
-        async with self.pool.stream("POST", self._endpoint.url, headers=headers, content=body) as answer:
+        async with self.pool.stream("POST", self._endpoint.url, headers=way.headers, content=body) as answer:
             if not answer.is_success:
-                content = await answer.aread()
-                raise without(secret, error_from_response(answer.status_code, answer.headers, content))
+                raise self._refused(answer, await answer.aread(), way)
             if "event-stream" in answer.headers.get("content-type", ""):
-                deltas = deltas_of(answer, request, started, secret)
+                deltas = deltas_of(answer, request, started, way.secret)
             else:
-                deltas = one_delta_of(answer, request, started, secret)
+                deltas = one_delta_of(answer, request, started, way.secret)
             async with aclosing(deltas):
                 yield deltas
 
@@ -81,8 +80,12 @@ class ChatBackend(Backend):
         except TypeError as error:
             raise InvalidRequestError(f"The request cannot be written as JSON: {error}.") from error
 
-    async def _authorized(self) -> tuple[httpx2.Headers, str | None]:
-        """The headers with a key that was asked for just now, and the key."""
+    def _refused(self, answer: httpx2.Response, content: bytes, way: Pass) -> AsyncModelsError:
+        """The error that a bad status stands for; here a subclass learns that its key was not accepted."""
+        return without(way.secret, error_from_response(answer.status_code, answer.headers, content))
+
+    async def _authorized(self) -> Pass:
+        """The way in with a key that was asked for just now."""
         source = self._endpoint.api_key
         try:
             key = source() if callable(source) else source
@@ -96,8 +99,9 @@ class ChatBackend(Backend):
             raise MissingKeyError("The api_key function returned no key.")
         require_sendable(key)
         headers = self._endpoint.headers.copy()
-        headers["authorization"] = f"Bearer {key}"
-        return headers, key
+        name = self._endpoint.key_header
+        headers[name] = f"Bearer {key}" if name == "authorization" else key
+        return Pass(headers, key)
 
     async def aclose(self) -> None:
         await self.pool.aclose()

@@ -11,7 +11,7 @@ import httpx2
 from asyncmodels import __version__
 from asyncmodels.errors import ConfigurationError
 
-__all__ = ["APIKey", "Endpoint", "headers_with", "require_sendable"]
+__all__ = ["APIKey", "Endpoint", "Pass", "headers_with", "require_sendable"]
 
 APIKey: TypeAlias = str | Callable[[], str | Awaitable[str]]
 """A key, or a function that is asked for one before every attempt."""
@@ -26,6 +26,17 @@ class Endpoint:
     api_key: APIKey | None = field(default=None, repr=False)
     """Asked before every attempt when it is a function; a string is in ``headers`` already."""
     secret: str | None = field(default=None, repr=False)
+    key_header: str = "authorization"
+    """Where a key from a function goes: there after the word Bearer, into any other header (``api-key``) as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What one attempt shows at the door. ``reused`` says that it is remembered, not asked for by this attempt."""
+
+    headers: httpx2.Headers = field(repr=False)
+    secret: str | None = field(repr=False)
+    reused: bool = False
 
 
 def headers_with(provider: Mapping[str, object], own: Mapping[str, str | None] | None = None) -> httpx2.Headers:
