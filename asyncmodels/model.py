@@ -14,6 +14,7 @@ from asyncmodels.deadline import within
 from asyncmodels.errors import ConfigurationError, InvalidResponseError
 from asyncmodels.formats import parse_response
 from asyncmodels.messages import needs_loading
+from asyncmodels.recipe import Reproducible
 from asyncmodels.request import Parameters, build_request, normalise
 from asyncmodels.stream import Stream
 from asyncmodels.types import Message, Request, Response, evolve
@@ -44,7 +45,7 @@ class Statistics:
     links: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Model(Backend):
+class Model(Backend, Reproducible):
     """One awaitable for a language model::
 
         async with Model(backend, Retry) as model:

@@ -30,6 +30,7 @@ CORE: Mapping[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "clock": set(),
+    "recipe": set(),
     # what brings callers' words to values
     "strict": set(),
     "stopping": {"errors"},
@@ -52,6 +53,7 @@ CORE: Mapping[str, set[str]] = {
         "errors",
         "formats",
         "messages",
+        "recipe",
         "request",
         "stream",
         "types",

@@ -1,0 +1,43 @@
+"""How an object was made: the arguments of its constructor, so that it can be written down and made again."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Self
+
+__all__ = ["Reproducible", "constructor_arguments"]
+
+
+class Reproducible:
+    """A base whose objects remember what their constructor was called with; ``constructor_arguments`` reads it.
+
+    The arguments may hold secrets, so they show nowhere by themselves.
+    """
+
+    _made_with: tuple[tuple[Any, ...], dict[str, Any]]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        made._made_with = (args, kwargs)
+        return made
+
+
+def constructor_arguments(made: Reproducible) -> dict[str, Any]:
+    """By name, in their order, the arguments with which ``made`` was made; those left to their default are absent.
+
+    What the constructor takes as ``**kwargs`` stands among them under its own name, what it takes as ``*args`` as one
+    tuple.
+    """
+    args, kwargs = made._made_with
+    # Not that of the class itself: it would be the signature of __new__ for a class without an __init__ of its own.
+    signature = inspect.signature(type(made).__init__)
+    arguments = signature.bind(made, *args, **kwargs).arguments
+    named: dict[str, Any] = {}
+    for position, (name, value) in enumerate(arguments.items()):
+        if position == 0:
+            continue  # self
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        else:
+            named[name] = value
+    return named
