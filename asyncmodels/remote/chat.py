@@ -74,11 +74,14 @@ class ChatBackend(Backend):
         return self._stream(request)
 
     def _body(self, request: Request, *, stream: bool) -> bytes:
-        body = request_body(request, self.model_id, self._dialect, stream=stream)
         try:
-            return orjson.dumps(body, default=_encode)
+            return orjson.dumps(self._fields(request, stream=stream), default=_encode)
         except TypeError as error:
             raise InvalidRequestError(f"The request cannot be written as JSON: {error}.") from error
+
+    def _fields(self, request: Request, *, stream: bool) -> dict[str, Any]:
+        """What the body holds; here a subclass puts it as its provider wants it."""
+        return request_body(request, self.model_id, self._dialect, stream=stream)
 
     def _refused(self, answer: httpx2.Response, content: bytes, way: Pass) -> AsyncModelsError:
         """The error that a bad status stands for; here a subclass learns that its key was not accepted."""
