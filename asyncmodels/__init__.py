@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from asyncmodels.policies.concurrency import Concurrency
     from asyncmodels.policies.retry import Retry, RetryBudget
     from asyncmodels.registry import load, schemes
+    from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
     from asyncmodels.request import Parameters
     from asyncmodels.stream import Stream
@@ -89,6 +90,8 @@ __all__ = [
     "AsyncModelsError",
     "AttemptTimeoutError",
     "AuthenticationError",
+    "AzureOpenAIModel",
+    "AzureOpenAIServerModel",
     "Backend",
     "CallTimeoutError",
     "CallableModel",
@@ -169,6 +172,8 @@ __version__ = "0.1.0"
 
 # What stands on third-party packages: its module, and the extra that brings them. The rest is found by its module.
 _CLASSES: dict[str, tuple[str, str | None]] = {
+    "AzureOpenAIModel": ("asyncmodels.remote.azure", "openai"),
+    "AzureOpenAIServerModel": ("asyncmodels.remote.azure", "openai"),
     "CallableModel": ("asyncmodels.callable", None),
     "Concurrency": ("asyncmodels.policies.concurrency", None),
     "Model": ("asyncmodels.model", None),

@@ -33,6 +33,7 @@ class Scheme:
 
 _TABLE = (
     Scheme("openai", "asyncmodels.remote.openai:OpenAIModel", "openai", "OpenAI, or any server that speaks its API"),
+    Scheme("azure", "asyncmodels.remote.azure:AzureOpenAIModel", "openai", "Azure OpenAI, by the deployment's name"),
     Scheme(
         "transformers",
         "asyncmodels.local.transformers:TransformersModel",

@@ -102,6 +102,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "policies.retry": {"tenacity"},
     "remote": {"anyio", "httptools", "httpx2", "orjson"},
     "remote.openai_client": {"openai"},
+    "remote.azure_client": {"openai"},
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
 }
 """Packages of others, imported at the top of the leaf that owns them."""

@@ -19,6 +19,8 @@ NAMES = [
     "AsyncModelsError",
     "AttemptTimeoutError",
     "AuthenticationError",
+    "AzureOpenAIModel",
+    "AzureOpenAIServerModel",
     "Backend",
     "CallTimeoutError",
     "CallableModel",
@@ -145,6 +147,7 @@ def test_public_methods_are_explained(name: str) -> None:
 def test_the_aliases_of_the_seed_are_the_same_classes() -> None:
     """smolagents' names stand for our classes."""
     assert asyncmodels.OpenAIServerModel is asyncmodels.OpenAIModel
+    assert asyncmodels.AzureOpenAIServerModel is asyncmodels.AzureOpenAIModel
 
 
 def test_dir_shows_every_name() -> None:

@@ -148,6 +148,13 @@ def openai_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     return OpenAIModel("m", api_base=url, api_key="k", policies=(retry, gate))
 
 
+def azure_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.remote.azure import AzureOpenAIModel
+
+    url = fixture("server").script().url
+    return AzureOpenAIModel("m", url, "k", "2024-10-21", policies=(retry, gate))
+
+
 def tiny_llama(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     # torch is imported here, and not where the cases are listed, so that the other cases need not wait for it.
     from tests.local.tiny import tiny_model_folder
@@ -171,5 +178,6 @@ CASES = [
     Case("model", face),
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),
+    Case("azure", azure_at, ask=ask_by_script),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}),
 ]

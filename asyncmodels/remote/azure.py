@@ -1,0 +1,174 @@
+"""Azure OpenAI: OpenAI's models, and others, as deployments of an Azure resource."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, Unpack
+
+import httpx2
+
+from asyncmodels.errors import AsyncModelsError, AuthenticationError, ConfigurationError
+from asyncmodels.model import Model
+from asyncmodels.remote.azure_client import Surface, configure_azure
+from asyncmodels.remote.chain import PolicyLike, remote_chain
+from asyncmodels.remote.chat import ChatBackend
+from asyncmodels.remote.endpoint import APIKey, Endpoint, Pass
+from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, retry_of
+from asyncmodels.remote.pool import HTTPPool, TransportChoice
+from asyncmodels.remote.tokens import AccessToken, TokenCache, TokenProvider
+from asyncmodels.remote.wire import Dialect
+from asyncmodels.request import Parameters
+
+__all__ = ["AzureOpenAIBackend", "AzureOpenAIModel", "AzureOpenAIServerModel", "Credential"]
+
+
+class Credential(Protocol):
+    """What azure-identity's credentials are, sync and async ones."""
+
+    @property
+    def get_token(self) -> Callable[..., AccessToken | Awaitable[AccessToken]]: ...
+
+
+class AzureOpenAIModel(Model):
+    """A deployment of Azure OpenAI; ``model_id`` is the deployment's name::
+
+        model = AzureOpenAIModel("gpt-4o", "https://RESOURCE.openai.azure.com", api_key="...", api_version="2024-10-21")
+        model = AzureOpenAIModel("gpt-5", "https://RESOURCE.openai.azure.com/openai/v1", api_key="...")
+        model = AzureOpenAIModel("gpt-5", azure_ad_token_provider=azure.identity.DefaultAzureCredential())
+
+    What is not given comes from the environment as in the openai package: ``AZURE_OPENAI_ENDPOINT``,
+    ``OPENAI_API_VERSION``, and for credentials, when none is given at all, ``AZURE_OPENAI_AD_TOKEN`` before
+    ``AZURE_OPENAI_API_KEY``.
+
+    A dated ``api_version`` means the URL of the deployment, ``.../openai/deployments/NAME/chat/completions``. The v1
+    surface, which has no dates and takes the deployment as the model, is meant by ``api_version="v1"``, by
+    ``"preview"`` for its preview, or by an address that ends in ``/openai/v1``.
+
+    ``api_key`` is a string, or a function (sync or async) that is asked before every attempt.
+    ``azure_ad_token_provider`` is a credential of azure-identity, or a function (sync or async) that returns a token as
+    a string or with ``expires_on``. Its token is kept until some minutes before its end, a minute where it does not
+    say, or until the server refuses it; a sync function runs in a thread. ``client_kwargs`` are those of
+    ``openai.AsyncAzureOpenAI``; of them ``azure_deployment``, ``azure_ad_token``, ``base_url``, ``organization``,
+    ``default_headers``, ``default_query``, ``timeout`` (seconds without a byte), ``max_retries`` and ``http_client``
+    have a meaning here.
+
+    ``max_tokens`` is sent as ``max_completion_tokens`` on the v1 surface and as ``max_tokens`` with a dated version;
+    ``max_tokens_field`` says otherwise for a deployment that wants the other. ``custom_role_conversions`` renames roles
+    on the way out. ``max_concurrency`` limits the calls in flight, ``retry`` is False, a number of attempts or a
+    policy, ``policies`` replaces the whole default chain, and ``defaults`` are parameters of every call.
+
+    Raises MissingKeyError when there are no credentials, ConfigurationError for anything else that is wrong from the
+    start.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        azure_endpoint: str | None = None,
+        api_key: APIKey | None = None,
+        api_version: str | None = None,
+        azure_ad_token_provider: TokenProvider | Credential | None = None,
+        client_kwargs: Mapping[str, Any] | None = None,
+        custom_role_conversions: Mapping[str, str] | None = None,
+        *,
+        max_concurrency: int | None = None,
+        retry: bool | int | PolicyLike = True,
+        policies: Sequence[PolicyLike] | None = None,
+        http_client: httpx2.AsyncClient | None = None,
+        transport: TransportChoice = "auto",
+        http2: bool = False,
+        max_tokens_field: str | None = None,
+        **defaults: Unpack[Parameters],
+    ) -> None:
+        require_model_id("AzureOpenAIModel", model_id, "my-deployment")
+        options = checked_options(client_kwargs)
+        retry = retry_of(options, retry=retry, policies=policies)
+        if not isinstance(max_tokens_field, str | None):
+            raise ConfigurationError(f"max_tokens_field must be the name of a field, not {max_tokens_field!r}.")
+        pool = make_pool(options, http_client=http_client, transport=transport, http2=http2)
+        surface = Surface.find(
+            azure_endpoint=_once(options, "azure_endpoint", azure_endpoint),
+            api_version=_once(options, "api_version", api_version),
+            base_url=options.pop("base_url", None),
+        )
+        provider = _once(options, "azure_ad_token_provider", azure_ad_token_provider)
+        key = _once(options, "api_key", api_key)
+        tokens = None if provider is None else _token_cache(provider, surface)
+        endpoint = configure_azure(
+            model_id, surface, api_key=key, token=None if tokens is None else tokens.token, options=options
+        )
+        newer = "max_completion_tokens" if surface.kind == "v1" else "max_tokens"
+        dialect = Dialect(
+            max_tokens_field=max_tokens_field or newer, role_conversions=checked_conversions(custom_role_conversions)
+        )
+        super().__init__(
+            AzureOpenAIBackend(model_id, endpoint, pool=pool, dialect=dialect, tokens=tokens),
+            *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
+            defaults=defaults,
+            model_id=model_id,
+        )
+
+
+AzureOpenAIServerModel = AzureOpenAIModel
+
+
+class AzureOpenAIBackend(ChatBackend):
+    """The Backend of ``AzureOpenAIModel``."""
+
+    def __init__(
+        self, model_id: str, endpoint: Endpoint, *, pool: HTTPPool, dialect: Dialect, tokens: TokenCache | None
+    ) -> None:
+        super().__init__(model_id, endpoint, pool=pool, dialect=dialect)
+        self._tokens = tokens
+        self._remembered: Pass | None = None
+
+    async def _authorized(self) -> Pass:
+        if self._tokens is None:
+            return await super()._authorized()
+        token, reused = await self._tokens.get()
+        way = self._remembered
+        if way is None or way.secret != token:
+            headers = self._endpoint.headers.copy()
+            headers["authorization"] = f"Bearer {token}"
+            way = self._remembered = Pass(headers, token, reused=True)
+        return way if reused else dataclasses.replace(way, reused=False)
+
+    def _refused(self, answer: httpx2.Response, content: bytes, way: Pass) -> AsyncModelsError:
+        error = super()._refused(answer, content, way)
+        if self._tokens is not None and isinstance(error, AuthenticationError):
+            self._tokens.forget(way.secret)
+            # A token that was good may have been revoked; one that was issued just now would be refused again.
+            error.retryable = way.reused
+        return error
+
+
+def _once(options: dict[str, Any], name: str, argument: Any) -> Any:
+    """``argument``, or what ``client_kwargs`` say instead; takes it out of them."""
+    value = options.pop(name, None)
+    if value is not None and argument is not None:
+        raise ConfigurationError(f"{name} is given twice, as an argument and in client_kwargs.")
+    return argument if argument is not None else value
+
+
+_SCOPE = "https://cognitiveservices.azure.com/.default"
+_SCOPES = {
+    ".azure.us": "https://cognitiveservices.azure.us/.default",
+    ".azure.cn": "https://cognitiveservices.azure.cn/.default",
+}
+
+
+def _token_cache(provider: Any, surface: Surface) -> TokenCache:
+    ask = provider
+    get_token = getattr(provider, "get_token", None)
+    if callable(get_token):
+        host = httpx2.URL(surface.address).host
+        scope = next((scope for suffix, scope in _SCOPES.items() if host.endswith(suffix)), _SCOPE)
+        ask = partial(get_token, scope)
+    if not callable(ask):
+        raise ConfigurationError(
+            "azure_ad_token_provider must be a credential of azure-identity or a function that returns a token, not "
+            f"{type(provider).__name__}."
+        )
+    return TokenCache(ask, name="azure_ad_token_provider")
