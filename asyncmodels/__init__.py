@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
+    from asyncmodels.remote.quirks import Quirks
     from asyncmodels.request import Parameters
     from asyncmodels.stream import Stream
     from asyncmodels.sync import SyncModel, SyncStream
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
         ImagePart,
         JSONSchema,
         Message,
+        ProviderPart,
         Regex,
         Request,
         Response,
@@ -131,7 +133,9 @@ __all__ = [
     "PermissionDeniedError",
     "Policy",
     "ProtocolError",
+    "ProviderPart",
     "QueueFullError",
+    "Quirks",
     "QuotaExceededError",
     "RateLimitError",
     "ReadTimeoutError",
@@ -180,6 +184,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "OpenAIModel": ("asyncmodels.remote.openai", "openai"),
     "OpenAIServerModel": ("asyncmodels.remote.openai", "openai"),
     "Parameters": ("asyncmodels.request", None),
+    "Quirks": ("asyncmodels.remote.quirks", None),
     "Retry": ("asyncmodels.policies.retry", None),
     "RetryBudget": ("asyncmodels.policies.retry", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),

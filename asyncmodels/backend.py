@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from asyncmodels.errors import ConfigurationError, UnsupportedError
-from asyncmodels.types import EBNF, Choice, Delta, JSONSchema, Regex, Request, Response
+from asyncmodels.types import (
+    EBNF,
+    Choice,
+    Delta,
+    JSONSchema,
+    Part,
+    ProviderPart,
+    Regex,
+    Request,
+    Response,
+    TextPart,
+)
 
 __all__ = ["Backend", "Capabilities", "Policy", "PolicyFactory", "Statistical", "compose", "links"]
 
@@ -24,6 +35,8 @@ class Capabilities:
     tools: bool = False
     tool_choice: frozenset[str] = frozenset({"auto", "none", "required", "named"})
     images: bool = False
+    provider_parts: bool = False
+    """Whether parts in the provider's own shape (files, videos) are passed on."""
     logprobs: bool = False
     response_format: bool = False
     grammars: frozenset[type] = frozenset()
@@ -57,11 +70,20 @@ class Capabilities:
                 raise UnsupportedError(f"This model does not know these extra parameters: {', '.join(unknown)}.")
         if streaming and not self.stream:
             raise UnsupportedError("This model does not support streaming.")
-        if not self.images and any(
-            not isinstance(message.content, str | None) and any(not hasattr(part, "text") for part in message.content)
-            for message in request.messages
-        ):
-            raise UnsupportedError("This model does not support images.")
+        if not (self.images and self.provider_parts):
+            for message in request.messages:
+                if not isinstance(message.content, str | None):
+                    self._check_parts(message.content)
+
+    def _check_parts(self, parts: tuple[Part, ...]) -> None:
+        for part in parts:
+            if isinstance(part, ProviderPart):
+                if not self.provider_parts:
+                    raise UnsupportedError(
+                        f"This model does not support parts of type {str(part.value.get('type'))[:40]!r}."
+                    )
+            elif not self.images and not isinstance(part, TextPart):
+                raise UnsupportedError("This model does not support images.")
 
 
 _SAMPLING = (

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, get_args
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.images import as_image, check_image, image_from_dict, is_picture, load_images, needs_loading
-from asyncmodels.types import ImagePart, Message, Part, Response, Role, TextPart, ToolCall, make
+from asyncmodels.types import ImagePart, Message, Part, ProviderPart, Response, Role, TextPart, ToolCall, make
 
 __all__ = [
     "MessagesLike",
@@ -45,6 +45,9 @@ _HINTS: Mapping[str, str] = {
     "function": "tool",
 }
 _FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning")
+# What only some providers understand; any other shape goes into a ProviderPart by name, so that a typo does not.
+_PASSED_ON = frozenset({"file", "input_file", "video_url"})
+_TYPES = 'the types are "text", "image_url", "image", "file", "input_file" and "video_url"'
 # What smolagents keeps beside an answer; it describes the answer and is no part of the conversation.
 _NOT_SENT = frozenset({*_FIELDS, "raw", "token_usage"})
 
@@ -103,7 +106,7 @@ def _message(item: object, where: str) -> Message:
         return _checked(item, where)
     if isinstance(item, Response):
         return Message("assistant", item.content or None if item.tool_calls else item.content or "",
-                       tool_calls=item.tool_calls, reasoning=item.reasoning)  # fmt: skip
+                       tool_calls=item.tool_calls, reasoning=item.reasoning, extra=item.extra or {})  # fmt: skip
     if isinstance(item, Mapping):
         return _from_mapping(item, where)
     if hasattr(item, "role") and not isinstance(item, type):
@@ -205,8 +208,9 @@ def _tool_call(call: object, where: str) -> ToolCall:
     id: Any
     name: Any
     arguments: Any
+    extra: Mapping[str, Any] | None = None
     if isinstance(call, ToolCall):
-        id, name, arguments = call.id, call.name, call.arguments
+        id, name, arguments, extra = call.id, call.name, call.arguments, call.extra
     else:
         get = _getter(call, where)
         if get("type") not in (None, "function"):
@@ -214,6 +218,8 @@ def _tool_call(call: object, where: str) -> ToolCall:
         function = get("function")
         inner = get if function is None else _getter(function, f"{where}.function")
         id, name, arguments = get("id"), inner("name"), inner("arguments")
+        kept = get("extra_content")  # Gemini: the signature of the thought that led to the call
+        extra = None if kept is None else {"extra_content": kept}
     if not isinstance(id, str) or not id:
         raise InvalidRequestError(f"{where} has no id, so that no result can find it.")
     if not isinstance(name, str) or not name:
@@ -225,7 +231,9 @@ def _tool_call(call: object, where: str) -> ToolCall:
             arguments = json.dumps(dict(arguments or {}), ensure_ascii=False)
         except (TypeError, ValueError) as error:
             raise InvalidRequestError(f"{where}: the arguments cannot be written as JSON: {error}.") from error
-    return call if isinstance(call, ToolCall) and arguments is call.arguments else ToolCall(id, name, arguments)
+    if isinstance(call, ToolCall) and arguments is call.arguments:
+        return call
+    return ToolCall(id, name, arguments, extra=extra)
 
 
 def _getter(value: object, where: str) -> Callable[[str], Any]:
@@ -267,6 +275,8 @@ def _part(value: object, where: str) -> Part:
         return value
     if isinstance(value, ImagePart):
         return check_image(value, where)
+    if isinstance(value, ProviderPart):
+        return value
     if isinstance(value, str):
         return TextPart(value)
     if not isinstance(value, Mapping):
@@ -280,11 +290,11 @@ def _part(value: object, where: str) -> Part:
         return TextPart(text, extra=extra) if extra else TextPart(text)
     if kind in ("image_url", "input_image", "image"):
         return image_from_dict(value, where)
+    if kind in _PASSED_ON:
+        return ProviderPart(dict(value))
     if kind is None:
-        raise InvalidRequestError(f'{where} has no type; the types are "text", "image_url" and "image".')
-    raise InvalidRequestError(
-        f'{where} has an unknown type {str(kind)[:40]!r}; the types are "text", "image_url" and "image".'
-    )
+        raise InvalidRequestError(f"{where} has no type; {_TYPES}.")
+    raise InvalidRequestError(f"{where} has an unknown type {str(kind)[:40]!r}; {_TYPES}.")
 
 
 def _text(value: object, where: str) -> str:
@@ -379,8 +389,8 @@ def flatten(messages: Sequence[Message]) -> tuple[Message, ...]:
     flat: list[Message] = []
     for index, message in enumerate(messages):
         if message.content is not None and not isinstance(message.content, str):
-            if any(isinstance(part, ImagePart) for part in message.content):
-                raise UnsupportedError(f"messages[{index}] has an image, and this model takes text only.")
+            if any(not isinstance(part, TextPart) for part in message.content):
+                raise UnsupportedError(f"messages[{index}] has an image or a file, and this model takes text only.")
             message = replace(message, content=message.text)
         flat.append(message)
     return tuple(flat)

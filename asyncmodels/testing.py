@@ -44,6 +44,7 @@ EVERYTHING = Capabilities(
     sampling=ALL_SAMPLING,
     tools=True,
     images=True,
+    provider_parts=True,
     logprobs=True,
     response_format=True,
     grammars=ALL_GRAMMARS,

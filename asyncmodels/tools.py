@@ -136,12 +136,13 @@ def _from_dict(value: Mapping[str, Any]) -> Tool:
     if value.get("type", "function") != "function":
         raise InvalidRequestError(f"A tool dict has type 'function', not {str(value['type'])[:40]!r}.")
     inner = value.get("function")
+    beside = {"type", "function", "cache_control"}
     if inner is None:
-        inner = {key: item for key, item in value.items() if key != "type"}
+        inner = {key: item for key, item in value.items() if key not in beside}
     elif not isinstance(inner, Mapping):
         raise InvalidRequestError(f"The 'function' of a tool dict must be a dict, not {_kind(inner)}.")
-    elif value.keys() - {"type", "function"}:
-        raise _unknown(inner, value.keys() - {"type", "function"})
+    elif value.keys() - beside:
+        raise _unknown(inner, value.keys() - beside)
     if inner.keys() - {"name", "description", "parameters", "strict"}:
         raise _unknown(inner, inner.keys() - {"name", "description", "parameters", "strict"})
     name = inner.get("name")
@@ -157,7 +158,9 @@ def _from_dict(value: Mapping[str, Any]) -> Tool:
         raise InvalidRequestError(f"'strict' of the tool {name!r} must be true or false, not {_kind(strict)}.")
     if not parameters.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"}:
         parameters = {"type": "object", **parameters}
-    return Tool(str(name), description, parameters, strict=strict)
+    cache = value.get("cache_control")
+    extra = None if cache is None else {"cache_control": cache}
+    return Tool(str(name), description, parameters, strict=strict, extra=extra)
 
 
 def _unknown(inner: Mapping[str, Any], keys: Iterable[str]) -> InvalidRequestError:

@@ -21,6 +21,7 @@ __all__ = [
     "JSONSchema",
     "Message",
     "Part",
+    "ProviderPart",
     "Regex",
     "Request",
     "Response",
@@ -91,16 +92,27 @@ class ImagePart:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-Part: TypeAlias = TextPart | ImagePart
+@dataclass(frozen=True, slots=True)
+class ProviderPart:
+    """A piece of a message in a provider's own shape, sent as it is: ``{"type": "file", ...}``, a video."""
+
+    value: Mapping[str, Any]
+
+
+Part: TypeAlias = TextPart | ImagePart | ProviderPart
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that a model asks for. ``arguments`` is the JSON text exactly as the model wrote it."""
+    """A call that a model asks for. ``arguments`` is the JSON text exactly as the model wrote it.
+
+    ``extra`` is what the provider wants to have back with the call, such as the signature of a thought.
+    """
 
     id: str
     name: str
     arguments: str = "{}"
+    extra: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False)
 
     def parse_arguments(self) -> dict[str, Any]:
         """The arguments as a dict. Raises ValueError when the model wrote something that is not a JSON object."""
@@ -132,7 +144,7 @@ class Message:
 
     @property
     def text(self) -> str:
-        """All text of the message; images count for nothing."""
+        """All text of the message; images and what is no text count for nothing."""
         if self.content is None:
             return ""
         if isinstance(self.content, str):
@@ -147,7 +159,8 @@ class Message:
 class Tool:
     """A tool that the model may call. ``parameters`` is the JSON schema of its arguments (an object).
 
-    ``function`` is the Python function it was made from, where it was; asyncmodels never calls it.
+    ``function`` is the Python function it was made from, where it was; asyncmodels never calls it. ``extra`` is passed
+    to the provider beside it (``cache_control``).
     """
 
     name: str
@@ -155,6 +168,7 @@ class Tool:
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     function: Callable[..., Any] | None = field(default=None, kw_only=True, compare=False)
     strict: bool | None = field(default=None, kw_only=True)
+    extra: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,7 +305,11 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Response:
-    """A whole answer. ``usage`` is None where the provider said nothing; ``raw`` is its own object."""
+    """A whole answer. ``usage`` is None where the provider said nothing; ``raw`` is its own object.
+
+    ``extra`` is what the provider wants to have back in the next request: it becomes the ``extra`` of the message when
+    the response is put into a conversation.
+    """
 
     content: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
@@ -305,6 +323,7 @@ class Response:
     timing: Timing = Timing()
     attempts: int = 1
     cached: bool = False
+    extra: Mapping[str, Any] | None = field(default=None, repr=False)
     raw: Any = field(default=None, repr=False, compare=False)
 
     def as_delta(self) -> Delta:
@@ -313,7 +332,8 @@ class Response:
             content=self.content or "",
             reasoning=self.reasoning or "",
             tool_calls=tuple(
-                ToolCallDelta(index, call.id, call.name, call.arguments) for index, call in enumerate(self.tool_calls)
+                ToolCallDelta(index, call.id, call.name, call.arguments, extra=call.extra)
+                for index, call in enumerate(self.tool_calls)
             ),
             finish_reason=self.finish_reason,
             usage=self.usage,
@@ -322,6 +342,7 @@ class Response:
             id=self.id,
             timing=self.timing,
             attempts=self.attempts,
+            extra=self.extra,
         )
 
     def __str__(self) -> str:
@@ -336,6 +357,7 @@ class ToolCallDelta:
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+    extra: Mapping[str, Any] | None = field(default=None, kw_only=True, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,6 +374,7 @@ class Delta:
     id: str | None = None
     timing: Timing | None = None
     attempts: int | None = None
+    extra: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.content
@@ -374,6 +397,7 @@ class ResponseBuilder:
         self._id: str | None = None
         self._timing = Timing()
         self._attempts = 1
+        self._extra: Mapping[str, Any] | None = None
 
     def add(self, delta: Delta) -> None:
         if delta.content:
@@ -396,6 +420,8 @@ class ResponseBuilder:
             self._timing = delta.timing
         if delta.attempts is not None:
             self._attempts = delta.attempts
+        if delta.extra is not None:
+            self._extra = delta.extra
 
     def response(self) -> Response:
         calls = tuple(self._calls[index].call(index) for index in sorted(self._calls))
@@ -411,6 +437,7 @@ class ResponseBuilder:
             logprobs=tuple(self._logprobs) or None,
             timing=self._timing,
             attempts=self._attempts,
+            extra=self._extra,
         )
 
 
@@ -419,12 +446,14 @@ class _ToolCallBuilder:
         self.id = ""
         self.name = ""
         self.arguments: list[str] = []
+        self.extra: Mapping[str, Any] | None = None
 
     def add(self, delta: ToolCallDelta) -> None:
         self.id = delta.id or self.id
         self.name = delta.name or self.name
         self.arguments.append(delta.arguments)
+        self.extra = delta.extra or self.extra
 
     def call(self, index: int) -> ToolCall:
         # Some servers never send an id; an empty one would fuse parallel calls, so each gets its place as its name.
-        return ToolCall(self.id or f"call_{index}", self.name, "".join(self.arguments))
+        return ToolCall(self.id or f"call_{index}", self.name, "".join(self.arguments), extra=self.extra)

@@ -27,6 +27,7 @@ from asyncmodels.types import (
     ImagePart,
     JSONSchema,
     Message,
+    ProviderPart,
     Regex,
     Request,
     ResponseFormat,
@@ -102,6 +103,7 @@ def test_an_unfinished_backend_cannot_be_made() -> None:
 # -- capabilities -----------------------------------------------------------------------------------------------------
 
 IMAGE = Message("user", (TextPart("What is this?"), ImagePart(url="https://example.org/a.png")))
+FILE = ProviderPart({"type": "file", "file": {"file_id": "f1"}})
 NOTHING = Capabilities(sampling=frozenset(), stop=False, tool_choice=frozenset(), stream=False)
 
 PARAMETERS: list[tuple[str, Request]] = [
@@ -119,6 +121,7 @@ PARAMETERS: list[tuple[str, Request]] = [
     ("JSONSchema grammars", ask(grammar=JSONSchema({}))),
     ("extra parameters: top_a", ask(extra={"top_a": 1})),
     ("images", ask(Message("system", "Look."), IMAGE)),
+    ("parts of type 'file'", ask(Message("user", (TextPart("Read."), FILE)))),
 ]
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.messages import as_messages, convert_roles, flatten, merge_adjacent
-from asyncmodels.types import ImagePart, Message, Response, TextPart, ToolCall
+from asyncmodels.types import ImagePart, Message, ProviderPart, Response, TextPart, ToolCall
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
 PICTURE = ImagePart(url="https://example.com/cat.png")
@@ -126,6 +126,8 @@ def test_a_response_is_the_assistants_turn() -> None:
     assert as_messages([Response(content="yes", reasoning="why")])[0] == Message("assistant", "yes", reasoning="why")
     assert as_messages([Response(tool_calls=(call,))])[0] == Message("assistant", None, tool_calls=(call,))
     assert as_messages([Response()])[0] == Message("assistant", "")
+    kept = {"reasoning_details": [{"id": 1}]}
+    assert as_messages([Response(content="yes", extra=kept)])[0] == Message("assistant", "yes", extra=kept)
 
 
 def test_smolagents_messages_become_text_turns_as_smolagents_sends_them() -> None:
@@ -181,6 +183,22 @@ def test_unknown_keys_travel_in_extra() -> None:
     )
     assert message.extra == {"reasoning_details": [{"id": 1}]}
     assert message.content == (TextPart("a", extra={"cache_control": cache}),)
+
+
+def test_parts_of_a_providers_own_pass_as_they_are() -> None:
+    """Files and videos keep their shape; any other shape is passed on when it says so by its type."""
+    file = {"type": "file", "file": {"file_id": "f1"}}
+    own = ProviderPart({"type": "table", "rows": []})
+    (message,) = as_messages([{"role": "user", "content": [file, own]}])
+    assert message.content == (ProviderPart(file), own)
+
+
+def test_what_a_provider_wants_back_with_a_call_is_kept() -> None:
+    """Gemini refuses a conversation whose calls have lost the signatures of their thoughts."""
+    signed = {**CALL, "extra_content": {"google": {"thought_signature": "s"}}}
+    (message,) = as_messages([{"role": "assistant", "tool_calls": [signed]}])
+    assert message.tool_calls[0].extra == {"extra_content": {"google": {"thought_signature": "s"}}}
+    assert as_messages([message])[0].tool_calls is message.tool_calls
 
 
 @pytest.mark.parametrize("kind", ["text", "input_text", "output_text"])

@@ -267,6 +267,14 @@ def test_what_cannot_be_a_tool_is_refused_by_name(function: object, says: str) -
 # -- dicts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dict_", [{"type": "function", "function": {"name": "f"}}, {"name": "f"}])
+def test_what_is_cached_with_a_tool_is_kept(dict_: dict[str, Any]) -> None:
+    """A mark for the provider's prompt cache stands beside the function, and stays there."""
+    cache = {"type": "ephemeral"}
+    (tool,) = as_tools([{**dict_, "cache_control": cache}])
+    assert (tool.name, tool.extra) == ("f", {"cache_control": cache})
+
+
 def test_openais_dicts_become_tools() -> None:
     """The nested dict, Responses' flat one and a bare function are the same tool."""
     function = {"name": "f", "description": "d", "parameters": AB, "strict": True}

@@ -19,6 +19,7 @@ from asyncmodels.types import (
     ImagePart,
     JSONSchema,
     Message,
+    ProviderPart,
     Regex,
     Request,
     Response,
@@ -36,6 +37,7 @@ from asyncmodels.types import (
 VALUES: list[Any] = [
     TextPart("a"),
     ImagePart(data=b"png", media_type="image/png"),
+    ProviderPart({"type": "file"}),
     ToolCall("1", "look"),
     Message("user", "Hi"),
     Tool("look"),
@@ -169,7 +171,7 @@ def test_deltas_add_up() -> None:
         Delta(reasoning="think", id="1"),
         Delta(content="Hel", logprobs=(TokenLogprob("Hel", -0.1),), usage=Usage(1, 1)),
         Delta(content="lo", logprobs=(TokenLogprob("lo", -0.2),)),
-        Delta(finish_reason="stop", usage=Usage(1, 2), attempts=2, timing=Timing(queued=2, total=3)),
+        Delta(finish_reason="stop", usage=Usage(1, 2), attempts=2, timing=Timing(queued=2, total=3), extra={"a": 1}),
     ) == Response(
         content="Hello",
         reasoning="I think",
@@ -180,19 +182,21 @@ def test_deltas_add_up() -> None:
         logprobs=(TokenLogprob("Hel", -0.1), TokenLogprob("lo", -0.2)),
         timing=Timing(queued=2, total=3),
         attempts=2,
+        extra={"a": 1},
     )
 
 
 def test_tool_calls_are_told_apart_by_their_index() -> None:
     """Fragments of parallel calls, interleaved and out of order, come together by index, in its order."""
     response = build(
-        Delta(tool_calls=(ToolCallDelta(1, "b", "time"),)),
+        Delta(tool_calls=(ToolCallDelta(1, "b", "time", extra={"signature": "x"}),)),
         Delta(tool_calls=(ToolCallDelta(0, "a", "weather", '{"ci'), ToolCallDelta(1, arguments="{"))),
         Delta(tool_calls=(ToolCallDelta(1, arguments="}"), ToolCallDelta(0, arguments='ty": 1}'))),
         Delta(finish_reason="tool_calls"),
     )
 
-    assert response.tool_calls == (ToolCall("a", "weather", '{"city": 1}'), ToolCall("b", "time", "{}"))
+    time = ToolCall("b", "time", "{}", extra={"signature": "x"})
+    assert response.tool_calls == (ToolCall("a", "weather", '{"city": 1}'), time)
     assert response.content is None
 
 
@@ -240,8 +244,9 @@ def test_a_response_as_one_delta_adds_up_to_itself() -> None:
     response = Response(
         content="Hi",
         reasoning="hm",
-        tool_calls=(ToolCall("a", "look", "{}"),),
+        tool_calls=(ToolCall("a", "look", "{}", extra={"signature": "x"}),),
         finish_reason="stop",
+        extra={"reasoning_details": []},
         usage=Usage(1, 2),
         model="m",
         id="1",
