@@ -51,7 +51,7 @@ async def test_a_name_may_contain_colons_and_slashes() -> None:
         (" openai:gpt-5", "did you mean 'openai'"),
         ("transformer:x", "did you mean 'transformers'"),
         ("smolm", "did you mean 'smollm'"),
-        ("xyz:gpt-5", "known are openai, smollm, transformers"),
+        ("xyz:gpt-5", "known are .*openai, .*transformers"),
         ("gpt-5", "known are"),
     ],
 )
