@@ -25,6 +25,7 @@ from asyncmodels.errors import (
     RateLimitError,
     ServerError,
     ServerTimeoutError,
+    StreamError,
 )
 
 __all__ = ["error_from_body", "error_from_response", "retry_after"]
@@ -37,11 +38,14 @@ _BY_STATUS: dict[int, type[AsyncModelsError]] = {
     404: NotFoundError,
     408: ServerTimeoutError,
     409: ConflictError,
+    410: NotFoundError,
     413: InvalidRequestError,
     422: InvalidRequestError,
+    424: ServerError,  # TGI's for a generation that failed
     429: RateLimitError,
     503: OverloadedError,
     504: ServerTimeoutError,
+    524: ServerTimeoutError,
     529: OverloadedError,
 }
 
@@ -56,13 +60,24 @@ _BY_CODE: dict[str, type[AsyncModelsError]] = {
     "billing_hard_limit_reached": QuotaExceededError,
     "invalid_api_key": AuthenticationError,
     "model_not_found": NotFoundError,
+    "model_not_supported": NotFoundError,
+    "RepoNotFound": NotFoundError,
+    "GatedRepo": PermissionDeniedError,
     "rate_limit_exceeded": RateLimitError,
     "rate_limit_error": RateLimitError,
+    "overloaded": OverloadedError,
     "overloaded_error": OverloadedError,
     "server_error": ServerError,
     "internal_server_error": ServerError,
     "invalid_request_error": InvalidRequestError,
     "authentication_error": AuthenticationError,
+    # TGI's error_type
+    "validation": InvalidRequestError,
+    "template_error": InvalidRequestError,
+    "tool_error": InvalidRequestError,
+    "generation": ServerError,
+    "incomplete_generation": ServerError,
+    "incomplete_generation_stream": ServerError,
 }
 
 _EXCERPT = 300
@@ -70,39 +85,54 @@ _EXCERPT = 300
 
 def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> AsyncModelsError:
     """The error that an answer with a bad ``status`` stands for."""
-    code, message = _code_and_message(_json(body))
+    data = _json(body)
+    code, message = _code_and_message(data)
     if message is None:
-        message = _excerpt(body)
-    kind = _kind(status, code)
+        message = headers.get("x-error-message") or _excerpt(body)
+    code = code or headers.get("x-error-code")
     text = f"The provider answered {status}{f': {message}' if message else '.'}"
-    data: dict[str, Any] = {
-        "status": status,
-        "code": code,
-        "retry_after": retry_after(status, headers),
-        "request_id": headers.get("x-request-id") or headers.get("apim-request-id") or headers.get("request-id"),
-    }
-    if issubclass(kind, ContextLengthError):
-        requested, limit = _context_numbers(message or "")
-        return kind(text, requested=requested, limit=limit, **data)
+    return _error(
+        _kind(status, code),
+        text,
+        message,
+        status=status,
+        code=code,
+        retry_after=_first(retry_after(status, headers), _loading_time(data)),
+        request_id=next((headers[name] for name in _REQUEST_IDS if headers.get(name)), None),
+    )
+
+
+def error_from_body(
+    error: Any, *, default: type[AsyncModelsError], request_id: str | None = None, error_type: object = None
+) -> AsyncModelsError:
+    """The error that an ``error`` object stands for which came with a good status, as in the middle of a stream.
+
+    ``error_type`` is what TGI writes beside it.
+    """
+    code, message = _code_and_message({"error": error, "error_type": error_type})
+    status = next((error[key] for key in _STATUSES if error.get(key)), None) if isinstance(error, Mapping) else None
+    number = int(status) if isinstance(status, int) or (isinstance(status, str) and status.isdigit()) else None
+    if number is not None and not 400 <= number < 600:
+        number = None
+    kind = _BY_CODE.get(code or "", default) if number is None else _kind(number, code)
+    text = f"The provider reported an error: {message or code or 'it gave no reason'}"
+    return _error(kind, text, message, status=number, code=code, request_id=request_id)
+
+
+_REQUEST_IDS = ("x-request-id", "apim-request-id", "request-id", "x-amzn-trace-id", "x-amz-cf-id")
+_STATUSES = ("status", "code", "http_status_code")
+
+
+def _error(kind: type[AsyncModelsError], text: str, message: str | None, **data: Any) -> AsyncModelsError:
+    """An error of ``kind``, or one about the context's length when the provider says that in words only."""
+    requested, limit = _context_numbers(message or "")
+    if issubclass(kind, ContextLengthError) or (limit is not None and kind in _IN_WORDS):
+        return ContextLengthError(text, requested=requested, limit=limit, **data)
     return kind(text, **data)
 
 
-def error_from_body(error: Any, *, default: type[AsyncModelsError], request_id: str | None = None) -> AsyncModelsError:
-    """The error that an ``error`` object stands for which came with a good status, as in the middle of a stream."""
-    code, message = _code_and_message({"error": error})
-    status = error.get("status") or error.get("code") if isinstance(error, Mapping) else None
-    number = int(status) if isinstance(status, int) or (isinstance(status, str) and status.isdigit()) else None
-    known = number is not None and 400 <= number < 600
-    if known or (code is not None and code in _BY_CODE):
-        kind = _kind(number if known and number is not None else 500, code)
-    else:
-        kind = default
-    return kind(
-        f"The provider reported an error: {message or code or 'it gave no reason'}",
-        status=number if known else None,
-        code=code,
-        request_id=request_id,
-    )
+# vLLM, SGLang and TGI have no code for it; a stream of theirs has no status either.
+_IN_WORDS = (InvalidRequestError, StreamError, InvalidResponseError)
 
 
 def _kind(status: int, code: str | None) -> type[AsyncModelsError]:
@@ -125,8 +155,11 @@ def _json(body: bytes) -> Any:
 def _code_and_message(data: Any) -> tuple[str | None, str | None]:
     """The code and the message of OpenAI's ``{"error": {...}}`` and of the spellings that others use for it."""
     error = data.get("error", data) if isinstance(data, Mapping) else data
+    if isinstance(error, list):
+        error = "; ".join(map(str, error))
     if isinstance(error, str):
-        return None, error[:_EXCERPT]
+        code = data.get("error_type") if isinstance(data, Mapping) else None
+        return code if isinstance(code, str) else None, error[:_EXCERPT]
     if not isinstance(error, Mapping):
         return None, None
     message = error.get("message") or error.get("detail") or error.get("error_message")
@@ -150,21 +183,35 @@ def _excerpt(body: bytes) -> str:
 
 _NUMBERS = (
     # OpenAI and vLLM: "maximum context length is 8192 tokens. However, you requested 9000 tokens (...)"
+    # SGLang: "maximum context length of 8192 tokens. You requested a total of 9000 tokens"
     re.compile(
         r"maximum context length (?:is|of) (?P<limit>\d+).*?"
-        r"(?:requested|resulted in|contains at least) (?P<requested>\d+)",
+        r"(?:requested(?: a total of)?|resulted in|contains at least) (?P<requested>\d+)",
         re.S,
     ),
     # Anthropic-like: "prompt is too long: 210000 tokens > 200000 maximum"
     re.compile(r"(?P<requested>\d+) tokens > (?P<limit>\d+)"),
     re.compile(r"maximum context length (?:is|of) (?P<limit>\d+)(?P<requested>)"),
+    # TGI: "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 6 `inputs` tokens and 4091 `max_new_tokens`"
+    re.compile(
+        r"`inputs` tokens \+ `max_new_tokens` must be <= (?P<limit>\d+)\. "
+        r"Given: (?P<requested>\d+) `inputs` tokens and (?P<more>\d+)"
+    ),
+    # TGI: "`inputs` must have less than 1024 tokens. Given: 2048"
+    re.compile(r"`inputs` must have less than (?P<limit>\d+) tokens\. Given: (?P<requested>\d+)"),
+    # vLLM: "The decoder prompt (length 5000) is longer than the maximum model length of 4096."
+    re.compile(r"prompt \(length (?P<requested>\d+)\) is longer than the maximum model length of (?P<limit>\d+)"),
+    # SGLang: "The input (5000 tokens) is longer than the model's context length (4096 tokens)."
+    re.compile(r"input \((?P<requested>\d+) tokens\) is longer than the model's context length \((?P<limit>\d+)"),
 )
 
 
 def _context_numbers(message: str) -> tuple[int | None, int | None]:
     for pattern in _NUMBERS:
         if match := pattern.search(message):
-            return int(match["requested"]) if match["requested"] else None, int(match["limit"])
+            found = match.groupdict()
+            requested = int(found["requested"]) + int(found.get("more") or 0) if found["requested"] else None
+            return requested, int(found["limit"])
     return None, None
 
 
@@ -175,7 +222,8 @@ def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
     """The seconds that a server asks to wait, in whatever spelling; None when it does not say.
 
     In this order: ``retry-after-ms`` and ``x-ms-retry-after-ms`` (milliseconds), ``retry-after`` (seconds or an HTTP
-    date, RFC 9110 section 10.2.3), and for a 429 the reset of the exhausted ``x-ratelimit-*`` window ("1s", "6m0s").
+    date, RFC 9110 section 10.2.3), and for a 429 the reset of the exhausted window: ``x-ratelimit-*`` ("1s", "6m0s"),
+    ``ratelimit: "api";r=0;t=55``, or ``ratelimit-remaining: 0`` with ``ratelimit-reset`` (seconds).
     """
     for name in ("retry-after-ms", "x-ms-retry-after-ms"):
         milliseconds = _positive(headers.get(name))
@@ -186,6 +234,16 @@ def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
         seconds = _positive(value)
         return seconds if seconds is not None else _until_date(value, headers.get("date"))
     return _window_reset(headers) if status == 429 else None
+
+
+def _loading_time(data: Any) -> float | None:
+    """The seconds that Hugging Face expects until a model is loaded, which it says in the body of a 503."""
+    seconds = data.get("estimated_time") if isinstance(data, Mapping) else None
+    return _positive(str(seconds)) if isinstance(seconds, int | float) else None
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
 
 
 def _positive(value: str | None) -> float | None:
@@ -220,7 +278,15 @@ def _window_reset(headers: Mapping[str, str]) -> float | None:
         if headers.get(f"x-ratelimit-remaining-{window}") == "0"
         and (seconds := _duration(headers.get(f"x-ratelimit-reset-{window}"))) is not None
     ]
+    # https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/, as it is now and as it was before
+    resets += [float(reset) for reset in _EXHAUSTED.findall(headers.get("ratelimit") or "")]
+    reset = _positive(headers.get("ratelimit-reset"))
+    if reset is not None and headers.get("ratelimit-remaining") == "0":
+        resets.append(reset)
     return max(resets, default=None)
+
+
+_EXHAUSTED = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
 
 
 def _duration(value: str | None) -> float | None:

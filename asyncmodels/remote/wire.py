@@ -308,7 +308,7 @@ class ChunkReader:
             choices = chunk.get("choices")
             if not choices:
                 if chunk.get("error"):
-                    raise error_from_body(chunk["error"], default=StreamError)
+                    raise error_from_body(chunk["error"], default=StreamError, error_type=chunk.get("error_type"))
                 return None
             choice = choices[0]
             if choice.get("index"):

@@ -26,14 +26,17 @@ def body(**error: object) -> bytes:
         (404, errors.NotFoundError, False),
         (408, errors.ServerTimeoutError, True),
         (409, errors.ConflictError, True),
+        (410, errors.NotFoundError, False),
         (413, errors.InvalidRequestError, False),
         (418, errors.InvalidRequestError, False),
         (422, errors.InvalidRequestError, False),
+        (424, errors.ServerError, True),
         (429, errors.RateLimitError, True),
         (500, errors.ServerError, True),
         (502, errors.ServerError, True),
         (503, errors.OverloadedError, True),
         (504, errors.ServerTimeoutError, True),
+        (524, errors.ServerTimeoutError, True),
         (529, errors.OverloadedError, True),
         (599, errors.ServerError, True),
     ],
@@ -57,6 +60,7 @@ def test_each_status_is_a_decision(status: int, kind: type[errors.AsyncModelsErr
         (500, {"type": "server_error", "message": "m"}, errors.ServerError),
         (503, {"type": "server_error", "message": "m"}, errors.OverloadedError),
         (429, {"type": "tokens", "code": None, "message": "m"}, errors.RateLimitError),
+        (400, {"type": "invalid_request_error", "code": "model_not_supported", "message": "m"}, errors.NotFoundError),
     ],
 )
 def test_the_code_says_more_than_the_status(status: int, error: dict[str, object], kind: type) -> None:
@@ -75,6 +79,21 @@ def test_the_code_says_more_than_the_status(status: int, error: dict[str, object
         ("maximum context length is 4096 tokens. However, your messages resulted in 5000 tokens.", 5000, 4096),
         ("prompt is too long: 210000 tokens > 200000 maximum", 210000, 200000),
         ("maximum context length is 4096 tokens.", None, 4096),
+        (
+            "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. "
+            "Given: 6 `inputs` tokens and 4091 `max_new_tokens`",
+            4097,
+            4096,
+        ),
+        ("Input validation error: `inputs` must have less than 1024 tokens. Given: 2048", 2048, 1024),
+        ("The decoder prompt (length 5000) is longer than the maximum model length of 4096.", 5000, 4096),
+        ("The input (5000 tokens) is longer than the model's context length (4096 tokens).", 5000, 4096),
+        (
+            "Requested token count exceeds the model's maximum context length of 4096 tokens. "
+            "You requested a total of 5000 tokens: 4000 tokens from the input messages.",
+            5000,
+            4096,
+        ),
         ("too long", None, None),
     ],
 )
@@ -166,3 +185,96 @@ def test_window_resets_count_only_for_a_429() -> None:
 def test_errors_inside_a_good_answer(error: object, kind: type) -> None:
     """An error object in a stream is typed by its code, or else is a StreamError."""
     assert type(error_from_body(error, default=errors.StreamError)) is kind
+
+
+# -- Hugging Face and TGI ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"),
+    [
+        (429, "overloaded", errors.OverloadedError),
+        (422, "validation", errors.InvalidRequestError),
+        (422, "template_error", errors.InvalidRequestError),
+        (424, "generation", errors.ServerError),
+        (500, "incomplete_generation", errors.ServerError),
+    ],
+)
+def test_tgi_writes_the_type_beside_the_error(status: int, code: str, kind: type[errors.AsyncModelsError]) -> None:
+    """It is the code, with a status and, inside a stream, without."""
+    refused = error_from_response(status, {}, json.dumps({"error": "no", "error_type": code}).encode())
+    streamed = error_from_body("no", default=errors.StreamError, error_type=code)
+    assert (type(refused), refused.code, refused.status) == (kind, code, status)
+    assert (type(streamed), streamed.code, streamed.status) == (kind, code, None)
+    assert (refused.message, streamed.message) == (
+        f"The provider answered {status}: no",
+        "The provider reported an error: no",
+    )
+
+
+def test_a_stream_may_carry_the_status_of_its_error() -> None:
+    """TGI calls it http_status_code."""
+    error = error_from_body({"message": "no", "http_status_code": 422}, default=errors.StreamError)
+    assert (type(error), error.status) == (errors.InvalidRequestError, 422)
+
+
+@pytest.mark.parametrize("code", ["BadRequestError", None])
+def test_a_context_that_is_too_long_may_be_told_in_words_only(code: str | None) -> None:
+    """vLLM has no code for it; refused, in a stream, or in a body with a good status."""
+    words = "This model's maximum context length is 8 tokens. However, you requested 9 tokens."
+    body = json.dumps({"object": "error", "message": words, "type": code, "code": 400}).encode()
+    for error in (
+        error_from_response(400, {}, body),
+        error_from_body({"message": words, "type": code}, default=errors.StreamError),
+        error_from_body(words, default=errors.InvalidResponseError),
+    ):
+        assert isinstance(error, errors.ContextLengthError)
+        assert (error.requested, error.limit, error.retryable) == (9, 8, False)
+
+
+def test_words_about_the_context_do_not_change_what_a_status_means() -> None:
+    """A 429 that quotes a prompt stays a 429."""
+    assert type(error_from_response(429, {}, body(message="maximum context length is 8"))) is errors.RateLimitError
+
+
+def test_a_model_that_is_loading_says_how_long() -> None:
+    """In the body; a header goes before it."""
+    loading = b'{"error": "Model x is currently loading", "estimated_time": 20.5}'
+    error = error_from_response(503, {}, loading)
+    assert (type(error), error.retry_after) == (errors.OverloadedError, 20.5)
+    assert error_from_response(503, {"retry-after": "3"}, loading).retry_after == 3
+    for nonsense in (b'{"estimated_time": "soon"}', b'{"estimated_time": -1}', b"<html>estimated_time</html>"):
+        assert error_from_response(503, {}, nonsense).retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"ratelimit": '"api";r=0;t=55'}, 55),
+        ({"ratelimit": '"burst";r=3;t=99, "api"; r=0; t=55'}, 55),
+        ({"ratelimit": '"api";r=2;t=55'}, None),
+        ({"ratelimit-remaining": "0", "ratelimit-reset": "7"}, 7),
+        ({"ratelimit-remaining": "4", "ratelimit-reset": "7"}, None),
+        ({"ratelimit": '"api";r=0;t=55', "retry-after": "2"}, 2),
+    ],
+)
+def test_the_reset_of_an_exhausted_window_is_the_wait(headers: dict[str, str], seconds: float | None) -> None:
+    """As the IETF's draft spells it, for a 429 only: the header stands on every answer."""
+    assert retry_after(429, headers) == seconds
+    if "retry-after" not in headers:
+        assert retry_after(503, headers) is None
+
+
+def test_the_hub_says_in_headers_what_is_wrong() -> None:
+    """Its code makes a 401 what it is, a model that does not exist; its message stands in for a body without one."""
+    headers = {"x-error-code": "RepoNotFound", "x-error-message": "Repository not found", "x-amzn-trace-id": "Root=1"}
+    error = error_from_response(401, headers, b"<html></html>")
+    assert (type(error), error.code, error.request_id) == (errors.NotFoundError, "RepoNotFound", "Root=1")
+    assert error.message == "The provider answered 401: Repository not found"
+    gated = error_from_response(403, {"x-error-code": "GatedRepo"}, b"{}")
+    assert type(gated) is errors.PermissionDeniedError
+
+
+def test_an_error_may_be_a_list() -> None:
+    """Its items become one message."""
+    assert error_from_response(400, {}, b'{"error": ["a", "b"]}').message == "The provider answered 400: a; b"
