@@ -10,7 +10,7 @@ from base64 import b64decode
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from tests.server import completion
+from tests.server import completion, converse
 from tests.server.script import Answer
 
 __all__ = ["Wire", "answer"]
@@ -26,7 +26,7 @@ class Wire(Protocol):
     async def write(self, data: bytes) -> None: ...
 
 
-async def answer(wire: Wire, script: Answer, method: str, body: bytes) -> bool:
+async def answer(wire: Wire, script: Answer, method: str, path: str, body: bytes) -> bool:
     """Answers one request; returns whether the connection can carry another."""
     if script.delay:
         await asyncio.sleep(script.delay)
@@ -49,7 +49,7 @@ async def answer(wire: Wire, script: Answer, method: str, body: bytes) -> bool:
             wire.transport.close()
             return False
         case _:
-            return await _body(wire, script, method, _parse(body))
+            return await _body(wire, script, method, path, _parse(body))
 
 
 def _parse(body: bytes) -> dict[str, Any]:
@@ -60,9 +60,14 @@ def _parse(body: bytes) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-async def _body(wire: Wire, script: Answer, method: str, request: dict[str, Any]) -> bool:
-    if request.get("stream") is True and script.status == HTTPStatus.OK and script.body is None and script.size is None:
-        return await _stream(wire, script, request)
+async def _body(wire: Wire, script: Answer, method: str, path: str, request: dict[str, Any]) -> bool:
+    if script.status == HTTPStatus.OK and script.body is None and script.size is None:
+        if path.endswith("/converse-stream"):
+            frames = converse.frames(script, request)
+            return await _stream(wire, script, "application/vnd.amazon.eventstream", frames)
+        if request.get("stream") is True:
+            events = [f"data: {event}\n\n".encode() for event in completion.events(script, request)]
+            return await _stream(wire, script, "text/event-stream", events)
     kind = "application/json"
     if script.size is not None:
         text = b"x" * script.size
@@ -70,7 +75,8 @@ async def _body(wire: Wire, script: Answer, method: str, request: dict[str, Any]
         text = b64decode(script.body) if script.base64 else script.body.encode()
         kind = "text/html" if script.body.lstrip().startswith("<") else kind
     else:
-        text = completion.whole(script, request).encode()
+        speaker = converse if converse.is_converse(path) else completion
+        text = speaker.whole(script, request).encode()
     if script.fault in ("cut", "bad_chunk"):
         head = _head(script, kind, "transfer-encoding: chunked")
         rest = b"%x\r\n%b\r\n" % (len(text), text) if script.fault == "cut" else b"no size\r\n"
@@ -90,13 +96,11 @@ async def _body(wire: Wire, script: Answer, method: str, request: dict[str, Any]
     return True
 
 
-async def _stream(wire: Wire, script: Answer, request: dict[str, Any]) -> bool:
-    await wire.write(_head(script, "text/event-stream", "transfer-encoding: chunked"))
-    events = completion.events(script, request)
+async def _stream(wire: Wire, script: Answer, kind: str, events: list[bytes]) -> bool:
+    await wire.write(_head(script, kind, "transfer-encoding: chunked"))
     if script.fault is not None and script.fault != "drip":
         events = events[: len(events) - 2 if script.after is None else script.after]
-    for event in events:
-        text = f"data: {event}\n\n".encode()
+    for text in events:
         data = b"%x\r\n%b\r\n" % (len(text), text)
         if script.fault == "drip":
             for at in range(len(data)):

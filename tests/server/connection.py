@@ -139,7 +139,7 @@ class Connection(asyncio.Protocol):
         else:
             scripts = self._state.scripts.get(key) or [Answer()]
             script = scripts[min(number, len(scripts) - 1)]
-        again = await answer(self, script, method, body)
+        again = await answer(self, script, method, path, body)
         if self._key is not None:
             self._key = None
             record.in_progress -= 1
@@ -176,10 +176,14 @@ class Connection(asyncio.Protocol):
 
 
 def _script_in(body: bytes) -> str | None:
-    """The ``x_script`` of a JSON body, for clients that cannot set a header for one request."""
+    """The ``x_script`` of a JSON body, for clients that cannot set a header for one request.
+
+    Bedrock's own packages refuse a field that they do not know, except in ``additionalModelRequestFields``.
+    """
     if b'"x_script"' not in body:
         return None
-    script: str | None = json.loads(body).get("x_script")
+    request = json.loads(body)
+    script: str | None = request.get("x_script") or request.get("additionalModelRequestFields", {}).get("x_script")
     return script
 
 
