@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from asyncmodels.policies.retry import Retry, RetryBudget
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
+    from asyncmodels.remote.bedrock import AmazonBedrockModel, AmazonBedrockServerModel, BedrockModel
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
     from asyncmodels.remote.quirks import Quirks
     from asyncmodels.request import Parameters
@@ -89,12 +90,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AmazonBedrockModel",
+    "AmazonBedrockServerModel",
     "AsyncModelsError",
     "AttemptTimeoutError",
     "AuthenticationError",
     "AzureOpenAIModel",
     "AzureOpenAIServerModel",
     "Backend",
+    "BedrockModel",
     "CallTimeoutError",
     "CallableModel",
     "Capabilities",
@@ -176,8 +180,11 @@ __version__ = "0.1.0"
 
 # What stands on third-party packages: its module, and the extra that brings them. The rest is found by its module.
 _CLASSES: dict[str, tuple[str, str | None]] = {
+    "AmazonBedrockModel": ("asyncmodels.remote.bedrock", "bedrock"),
+    "AmazonBedrockServerModel": ("asyncmodels.remote.bedrock", "bedrock"),
     "AzureOpenAIModel": ("asyncmodels.remote.azure", "openai"),
     "AzureOpenAIServerModel": ("asyncmodels.remote.azure", "openai"),
+    "BedrockModel": ("asyncmodels.remote.bedrock", "bedrock"),
     "CallableModel": ("asyncmodels.callable", None),
     "Concurrency": ("asyncmodels.policies.concurrency", None),
     "Model": ("asyncmodels.model", None),

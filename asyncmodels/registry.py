@@ -34,6 +34,7 @@ class Scheme:
 _TABLE = (
     Scheme("openai", "asyncmodels.remote.openai:OpenAIModel", "openai", "OpenAI, or any server that speaks its API"),
     Scheme("azure", "asyncmodels.remote.azure:AzureOpenAIModel", "openai", "Azure OpenAI, by the deployment's name"),
+    Scheme("bedrock", "asyncmodels.remote.bedrock:BedrockModel", "bedrock", "Amazon Bedrock, by its Converse API"),
     Scheme(
         "transformers",
         "asyncmodels.local.transformers:TransformersModel",

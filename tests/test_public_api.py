@@ -16,12 +16,15 @@ import pytest
 import asyncmodels
 
 NAMES = [
+    "AmazonBedrockModel",
+    "AmazonBedrockServerModel",
     "AsyncModelsError",
     "AttemptTimeoutError",
     "AuthenticationError",
     "AzureOpenAIModel",
     "AzureOpenAIServerModel",
     "Backend",
+    "BedrockModel",
     "CallTimeoutError",
     "CallableModel",
     "Capabilities",

@@ -28,7 +28,7 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from typing import Any, TypeAlias
@@ -155,6 +155,19 @@ def azure_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     return AzureOpenAIModel("m", url, "k", "2024-10-21", policies=(retry, gate))
 
 
+def bedrock_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.remote.bedrock import BedrockModel
+
+    kwargs = {"endpoint_url": fixture("server").script().url, "region_name": "us-east-1"}
+    return BedrockModel("m", client_kwargs=kwargs, api_key="k", policies=(retry, gate))
+
+
+def ask_bedrock_by_script(behaviour: Behaviour, text: str) -> Request:
+    """The same for a provider whose package refuses a field that it does not know, except in this one."""
+    request = ask_by_script(behaviour, text)
+    return replace(request, extra={"additionalModelRequestFields": request.extra})
+
+
 def tiny_llama(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     # torch is imported here, and not where the cases are listed, so that the other cases need not wait for it.
     from tests.local.tiny import tiny_model_folder
@@ -179,5 +192,6 @@ CASES = [
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),
     Case("azure", azure_at, ask=ask_by_script),
+    Case("bedrock", bedrock_at, ask=ask_bedrock_by_script),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}),
 ]

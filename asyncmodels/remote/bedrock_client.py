@@ -1,0 +1,364 @@
+"""The long-lived aiobotocore clients of Amazon Bedrock: one for each event loop, region, credentials and configuration.
+
+Only what aiobotocore has by itself is used, so that it makes no difference whether aioboto3 is installed around it.
+Models that want the same share a client and its connections; making one reads megabytes of JSON, which happens in a
+thread, once per process. The environment (``AWS_*`` and proxies) counts as it is when a model meets a loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+from aiobotocore.client import AioBaseClient
+from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
+from aiobotocore.session import AioSession
+from botocore.loaders import Loader, create_loader
+from botocore.tokens import FrozenAuthToken
+
+from asyncmodels.errors import ClosedError, EventLoopError
+from asyncmodels.remote.bedrock_errors import error_from
+from asyncmodels.remote.pool import PoolStatistics
+
+__all__ = ["SERVICE", "Clients", "Lease", "Settings", "service_members"]
+
+SERVICE = "bedrock-runtime"
+_EXIT_PATIENCE = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What makes two models share a client."""
+
+    options: Mapping[str, Any] = field(repr=False)
+    """The arguments of ``create_client``."""
+    config: AioConfig = field(repr=False)
+    config_options: Mapping[str, Any] = field(repr=False)
+    """What ``config`` was made from, for comparing it with another."""
+    profile: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    """A Bedrock API key: sent as a bearer token, and no credentials are looked for."""
+
+    def key(self) -> tuple[object, ...]:
+        return (_frozen(self.options), _frozen(self.config_options), self.profile, self.api_key, _environment())
+
+
+def _environment() -> tuple[tuple[str, str], ...]:
+    return tuple(
+        sorted(
+            (name, value)
+            for name, value in os.environ.items()
+            if name.startswith(("AWS_", "BOTO_")) or name.upper().endswith("_PROXY")
+        )
+    )
+
+
+def _frozen(value: Any) -> object:
+    """Something that is equal where the values are, and can be hashed; what has no value of its own is itself."""
+    if isinstance(value, Mapping):
+        return tuple(sorted((str(name), _frozen(item)) for name, item in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, str | int | float | bool | None) else id(value)
+
+
+# -- one client -------------------------------------------------------------------------------------------------------
+
+
+class Session(AIOHTTPSession):  # type: ignore[misc]  # botocore's packages have no types
+    """aiobotocore's session on aiohttp, which says what it holds and looks whose certificate it is shown.
+
+    Up to 2.25 aiobotocore takes any valid certificate for any host, and behind a proxy does not look at it at all.
+    """
+
+    def _get_ssl_context(self) -> Any:
+        context = super()._get_ssl_context()
+        context.check_hostname = True
+        return context
+
+    def _setup_proxy_ssl_context(self, proxy_url: str) -> Any:
+        return super()._setup_proxy_ssl_context(proxy_url) or self._get_ssl_context()
+
+
+_LOADERS: dict[str | None, Loader] = {}
+_LOADERS_LOCK = threading.Lock()
+
+
+def _loader(path: str | None) -> Loader:
+    """The reader of botocore's service models, which remembers what it has read. Blocks at first."""
+    with _LOADERS_LOCK:
+        loader = _LOADERS.get(path)
+        if loader is None:
+            loader = create_loader(path)
+            for kind in ("service-2", "endpoint-rule-set-1"):
+                loader.load_service_model(SERVICE, kind)
+            for name in ("partitions", "endpoints", "sdk-default-configuration"):
+                loader.load_data(name)
+            _LOADERS[path] = loader
+        return loader
+
+
+def service_members(client: AioBaseClient) -> tuple[bool, bool]:
+    """Whether the service model of ``client`` has Converse's ``outputConfig``, and strict tools."""
+    members = client.meta.service_model.operation_model("Converse").input_shape.members
+    specification = members["toolConfig"].members["tools"].member.members["toolSpec"]
+    return "outputConfig" in members, "strict" in specification.members
+
+
+class _Key:
+    """Where botocore asks for a bearer token."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def load_token(self, **_: object) -> FrozenAuthToken:
+        return FrozenAuthToken(self._token)
+
+
+class _NoCredentials:
+    """Where botocore asks for credentials that nobody needs: it would ask the network for them."""
+
+    async def load_credentials(self) -> None:
+        return None
+
+
+def _new_session(settings: Settings) -> AioSession:
+    session = AioSession(profile=settings.profile)
+    session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
+    if settings.api_key is not None:
+        session.register_component("token_provider", _Key(settings.api_key))
+        session.register_component("credential_provider", _NoCredentials())
+    return session
+
+
+class Face:
+    """The client of one event loop for one kind of settings, and how many models use it."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, key: tuple[object, ...], settings: Settings) -> None:
+        self.key = key
+        self.users = 0
+        self.alive = True
+        self.client: AioBaseClient | None = None
+        # Held because the key knows objects of the user's by their identity only.
+        self._settings = settings
+        self._loop = loop
+        self._opening: asyncio.Task[AioBaseClient] | None = None
+        self._end = self._until_the_loop_ends()
+        # Run up to its yield: from now on the loop closes it when it shuts down its asynchronous generators.
+        with suppress(StopIteration):
+            self._end.__anext__().send(None)
+
+    async def open(self) -> AioBaseClient:
+        """The client, made by the first who asks; those who ask meanwhile wait for the same."""
+        if self.client is not None:
+            return self.client
+        if self._opening is None:
+            self._opening = self._loop.create_task(self._make())
+            self._opening.add_done_callback(self._opened)
+        # Who is cancelled while waiting must not take the client from the others.
+        return await asyncio.shield(self._opening)
+
+    async def _make(self) -> AioBaseClient:
+        settings = self._settings
+        session = await asyncio.to_thread(_new_session, settings)
+        creating = session.create_client(SERVICE, config=settings.config, **settings.options)
+        client = self.client = await creating.__aenter__()
+        return client
+
+    def _opened(self, task: asyncio.Task[AioBaseClient]) -> None:
+        self._opening = None
+        if not task.cancelled():
+            task.exception()  # seen, also where everybody who waited for it has gone
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            self.alive = False
+            if self._opening is not None:
+                self._opening.cancel()
+            client, self.client = self.client, None
+            if client is not None:
+                await client.close()
+
+    async def aclose(self) -> None:
+        await self._end.aclose()
+
+    def connections(self) -> Mapping[str, int] | None:
+        """How many are open, by where they lead; None where the client does not tell."""
+        return {} if self.client is None else open_connections(self.client)
+
+
+def open_connections(client: AioBaseClient) -> Mapping[str, int] | None:
+    """What the aiohttp session under ``client`` holds open, idle ones included; None where it is another session."""
+    try:
+        sessions = client._endpoint.http_session._sessions
+        count = 0
+        for session in (sessions or {}).values():
+            connector = session.connector
+            idle = [handler for handlers in connector._conns.values() for handler, _ in handlers]
+            count += len(connector._acquired) + sum(handler.is_connected() for handler in idle)
+    except AttributeError:
+        return None
+    url = urlsplit(client.meta.endpoint_url)
+    return {f"{url.scheme}://{url.netloc}": count} if count else {}
+
+
+# -- those of each loop -----------------------------------------------------------------------------------------------
+
+_FACES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[object, ...], Face]] = WeakKeyDictionary()
+_FACES_LOCK = threading.Lock()
+
+
+def _take(loop: asyncio.AbstractEventLoop, settings: Settings) -> Face:
+    key = settings.key()
+    with _FACES_LOCK:
+        # A face keeps its loop alive, so those of loops that were closed without shutting down must be let go.
+        for other in [other for other in _FACES if other.is_closed()]:
+            del _FACES[other]
+        faces = _FACES.setdefault(loop, {})
+        face = faces.get(key)
+        if face is None or not face.alive:
+            face = faces[key] = Face(loop, key, settings)
+        face.users += 1
+        return face
+
+
+async def _give_back(loop: asyncio.AbstractEventLoop, face: Face) -> None:
+    with _FACES_LOCK:
+        face.users -= 1
+        if face.users > 0:
+            return
+        face.alive = False
+        faces = _FACES.get(loop, {})
+        if faces.get(face.key) is face:
+            del faces[face.key]
+    if loop is asyncio.get_running_loop():
+        await face.aclose()
+    elif not loop.is_closed():
+        asyncio.run_coroutine_threadsafe(face.aclose(), loop)
+
+
+@atexit.register
+def _close_at_exit() -> None:
+    """Closes the clients of loops that run in daemon threads, which the interpreter would cut off in mid-air."""
+    with _FACES_LOCK:
+        faces = [(loop, face) for loop, shared in _FACES.items() if loop.is_running() for face in shared.values()]
+    closing = [asyncio.run_coroutine_threadsafe(face.aclose(), loop) for loop, face in faces]
+    concurrent.futures.wait(closing, timeout=_EXIT_PATIENCE)
+
+
+class Lease:
+    """One model's part in the client of one event loop."""
+
+    __slots__ = ("_own", "face", "in_flight")
+
+    def __init__(self, face: Face | None, own: AioBaseClient | None) -> None:
+        self.face = face
+        self._own = own
+        self.in_flight = 0
+
+    @property
+    def client(self) -> AioBaseClient | None:
+        """The client where it is made already."""
+        return self._own if self.face is None else self.face.client
+
+    async def open(self) -> AioBaseClient:
+        """The client, made now if need be. Raises ConfigurationError or MissingKeyError where botocore cannot."""
+        assert self.face is not None  # noqa: S101  # a client of the user's is open already
+        try:
+            return await self.face.open()
+        except asyncio.CancelledError:
+            if not self.face.alive:
+                raise ClosedError("This model was closed while its client was being made.") from None
+            raise
+        except Exception as error:
+            raise error_from(error, opening=True) from error
+
+    @property
+    def alive(self) -> bool:
+        return self.face is None or self.face.alive
+
+
+class Clients:
+    """The way of one model to the client of the running event loop.
+
+    With ``client``, which belongs to one loop, the model does too; it is never closed here.
+    """
+
+    def __init__(self, settings: Settings | None, client: AioBaseClient | None = None) -> None:
+        self._settings = settings
+        self._client = client
+        self._client_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
+        self._leases: WeakKeyDictionary[asyncio.AbstractEventLoop, Lease] = WeakKeyDictionary()
+        self._last: tuple[asyncio.AbstractEventLoop, Lease] | None = None
+        self._lock = threading.Lock()
+        self.closed = False
+
+    def lease(self) -> Lease:
+        """Raises EventLoopError where no asyncio loop is running, and ClosedError after ``aclose``."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise EventLoopError(
+                "Bedrock needs a running asyncio event loop; under trio, or without a loop, there is none."
+            ) from None
+        last = self._last
+        if last is not None and last[0] is loop and last[1].alive:
+            return last[1]
+        if self.closed:
+            raise ClosedError("This model was closed.")
+        with self._lock:
+            lease = self._leases.get(loop)
+            if lease is None or not lease.alive:
+                for other in [other for other, lease in self._leases.items() if not lease.alive]:
+                    del self._leases[other]
+                lease = self._leases[loop] = self._new_lease(loop)
+        self._last = (loop, lease)
+        return lease
+
+    def _new_lease(self, loop: asyncio.AbstractEventLoop) -> Lease:
+        if self._client is None:
+            assert self._settings is not None  # noqa: S101  # one of the two is given
+            return Lease(_take(loop, self._settings), None)
+        # Its connections belong to the loop that they were made on; on another one they fail in odd ways.
+        first = self._client_loop() if self._client_loop is not None else loop
+        if first is not loop:
+            raise EventLoopError("The client that was given is in use on another event loop: give one per loop.")
+        self._client_loop = weakref.ref(loop)
+        return Lease(None, self._client)
+
+    def statistics(self) -> PoolStatistics:
+        """May be called from any thread."""
+        leases = [lease for lease in list(self._leases.values()) if lease.alive]
+        in_flight = sum(lease.in_flight for lease in leases)
+        counts: dict[str, int] = {}
+        for lease in leases:
+            found = lease.face.connections() if lease.face is not None else open_connections(self._client)
+            if found is None:
+                return PoolStatistics(in_flight, None)
+            for origin, count in found.items():
+                counts[origin] = counts.get(origin, 0) + count
+        return PoolStatistics(in_flight, counts)
+
+    async def aclose(self) -> None:
+        """Ends it: whatever begins later raises ClosedError. The client of a loop is closed with its last model."""
+        self.closed = True
+        self._last = None
+        with self._lock:
+            leases: Sequence[tuple[asyncio.AbstractEventLoop, Lease]] = list(self._leases.items())
+            self._leases.clear()
+        for loop, lease in leases:
+            if lease.face is not None:
+                await _give_back(loop, lease.face)

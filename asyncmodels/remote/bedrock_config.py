@@ -1,0 +1,164 @@
+"""What ``BedrockModel`` was given about region, credentials and connection, checked and put into botocore's terms."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiobotocore.client import AioBaseClient
+from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
+from botocore.client import BaseClient
+from botocore.config import Config
+
+from asyncmodels.errors import ConfigurationError
+from asyncmodels.remote.bedrock_client import SERVICE, Clients, Session, Settings
+
+__all__ = ["Configured", "configured", "own_client"]
+
+_CREDENTIALS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+_OPTIONS = frozenset(
+    {"region_name", "endpoint_url", "verify", "use_ssl", "api_version", "aws_account_id", "config", *_CREDENTIALS}
+)
+_CONNECT_TIMEOUT = 5.0
+_READ_TIMEOUT = 600.0
+_NO_LIMIT = 1_000_000
+"""Connections of one client: the policies limit the calls, and a second limit would be a queue that nobody sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """The way to the clients, and what else the arguments say."""
+
+    clients: Clients
+    secrets: Sequence[str] = field(default=(), repr=False)
+    max_concurrency: int | None = None
+    retry: bool | int | None = None
+
+
+def own_client(client: Any, client_kwargs: object, api_key: object) -> AioBaseClient:
+    """``client`` itself, where it is one that can be used. Raises ConfigurationError for one that cannot."""
+    if client_kwargs is not None or api_key is not None:
+        raise ConfigurationError("A client has its configuration and its keys already: give it, or client_kwargs.")
+    if not isinstance(client, AioBaseClient):
+        if isinstance(client, BaseClient):
+            raise ConfigurationError(
+                "The client is one of boto3, which blocks; give one of aioboto3 or aiobotocore, or client_kwargs."
+            )
+        raise ConfigurationError(
+            f"client must be an open bedrock-runtime client of aioboto3 or aiobotocore, not {type(client).__name__}."
+        )
+    service = client.meta.service_model.service_name
+    if service != SERVICE:
+        raise ConfigurationError(f"The client is one for {service!r}; Converse is part of {SERVICE!r}.")
+    return client
+
+
+def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max_concurrency: int | None) -> Configured:
+    """Raises ConfigurationError for values that would fail later, and elsewhere."""
+    if not isinstance(client_kwargs, Mapping | None):
+        raise ConfigurationError(f"client_kwargs must be a dict, not {type(client_kwargs).__name__}.")
+    options = {name: value for name, value in (client_kwargs or {}).items() if value is not None}
+    profile = options.pop("profile_name", None)
+    _check(options, profile)
+    theirs = options.pop("config", None)
+    explicit = profile is not None or any(name in options for name in _CREDENTIALS)
+    key = _api_key(api_key, explicit or (theirs is not None and theirs.signature_version is not None))
+    region = options.get("region_name") or (theirs.region_name if theirs is not None else None)
+    if region is None and not os.environ.get("AWS_DEFAULT_REGION") and profile is None and os.environ.get("AWS_REGION"):
+        # botocore reads only the other one; most of AWS's newer programs, and its own machines, set this.
+        options["region_name"] = os.environ["AWS_REGION"]
+    retries = getattr(theirs, "retries", None) or {}
+    limit = getattr(theirs, "max_pool_connections", None) if _says(theirs, "max_pool_connections") else None
+    ours: dict[str, Any] = {
+        "connect_timeout": _CONNECT_TIMEOUT,
+        "read_timeout": _READ_TIMEOUT,
+        "max_pool_connections": _NO_LIMIT,
+    }
+    if key is not None:
+        ours["signature_version"] = "bearer"
+    elif explicit:
+        ours["signature_version"] = "v4"  # else AWS_BEARER_TOKEN_BEDROCK would beat what the program says
+    last = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+    if limit is not None:
+        last["max_pool_connections"] = max(limit, max_concurrency or 0)
+    config = _merged(ours, theirs, last)
+    settings = Settings(
+        options=options,
+        config=config,
+        config_options={**ours, **_said(theirs), **last, "connector": config.connector_args},
+        profile=profile,
+        api_key=key,
+    )
+    secrets = [options.get("aws_secret_access_key"), options.get("aws_session_token"), key]
+    return Configured(
+        Clients(settings),
+        tuple(secret for secret in secrets if secret),
+        max_concurrency=limit,
+        retry=_retry(retries),
+    )
+
+
+def _check(options: Mapping[str, Any], profile: object) -> None:
+    for name in options:
+        if name not in _OPTIONS:
+            close = difflib.get_close_matches(str(name), [*_OPTIONS, "profile_name"], n=1)
+            hint = f": did you mean {close[0]!r}?" if close else "."
+            raise ConfigurationError(f"client_kwargs has {name!r}, which create_client does not know{hint}")
+    for name in ("region_name", "endpoint_url", *_CREDENTIALS):
+        if name in options and not (isinstance(options[name], str) and options[name]):
+            raise ConfigurationError(f"client_kwargs' {name} must be a string that is not empty.")
+    if not isinstance(profile, str | None):
+        raise ConfigurationError("client_kwargs' profile_name must be a string.")
+    url = options.get("endpoint_url")
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise ConfigurationError(f"client_kwargs' endpoint_url must be a URL such as 'https://...', not {url!r}.")
+    if not isinstance(options.get("config"), Config | None):
+        raise ConfigurationError("client_kwargs' config must be a botocore Config or an AioConfig.")
+
+
+def _api_key(given: str | None, explicit: bool) -> str | None:
+    if given is not None:
+        if not isinstance(given, str) or not given or not given.isascii() or not given.isprintable():
+            raise ConfigurationError("api_key must be a Bedrock API key: a string that a header can carry.")
+        if explicit:
+            raise ConfigurationError("api_key and AWS credentials are both given: give one of them.")
+        return given
+    return None if explicit else os.environ.get("AWS_BEARER_TOKEN_BEDROCK") or None
+
+
+def _said(config: Config | None) -> dict[str, Any]:
+    """The options that the maker of ``config`` gave it."""
+    if config is None:
+        return {}
+    options: dict[str, Any] = getattr(config, "_user_provided_options", {"config": config})
+    return dict(options)
+
+
+def _says(config: Config | None, name: str) -> bool:
+    return name in _said(config)
+
+
+def _merged(ours: Mapping[str, Any], theirs: Config | None, last: Mapping[str, Any]) -> AioConfig:
+    config = AioConfig(**ours)
+    if theirs is not None:
+        config = config.merge(theirs)
+    config = config.merge(Config(**last))
+    # Up to 2.25, merging loses what aiobotocore has added to botocore's options.
+    config.http_session_cls = Session
+    if isinstance(theirs, AioConfig):
+        config.connector_args = dict(theirs.connector_args)
+        if theirs.http_session_cls is not AIOHTTPSession:
+            config.http_session_cls = theirs.http_session_cls
+    return config
+
+
+def _retry(retries: Mapping[str, Any]) -> bool | int | None:
+    """botocore's retries, which are off, as a number of attempts for ours; None where it does not say one."""
+    attempts = retries.get("total_max_attempts")
+    if attempts is None and "max_attempts" in retries:
+        attempts = retries["max_attempts"] + 1
+    return None if attempts is None else attempts if attempts > 1 else False
