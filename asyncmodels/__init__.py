@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
     from asyncmodels.remote.bedrock import AmazonBedrockModel, AmazonBedrockServerModel, BedrockModel
+    from asyncmodels.remote.huggingface import HfApiModel, InferenceClientModel
+    from asyncmodels.remote.litellm import LiteLLMModel, LiteLLMRouterModel
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
     from asyncmodels.remote.quirks import Quirks
     from asyncmodels.request import Parameters
@@ -119,11 +121,15 @@ __all__ = [
     "EngineDeadError",
     "EngineError",
     "EventLoopError",
+    "HfApiModel",
     "IdleTimeoutError",
     "ImagePart",
+    "InferenceClientModel",
     "InvalidRequestError",
     "InvalidResponseError",
     "JSONSchema",
+    "LiteLLMModel",
+    "LiteLLMRouterModel",
     "Message",
     "MissingExtraError",
     "MissingKeyError",
@@ -187,6 +193,10 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "BedrockModel": ("asyncmodels.remote.bedrock", "bedrock"),
     "CallableModel": ("asyncmodels.callable", None),
     "Concurrency": ("asyncmodels.policies.concurrency", None),
+    "HfApiModel": ("asyncmodels.remote.huggingface", "huggingface"),
+    "InferenceClientModel": ("asyncmodels.remote.huggingface", "huggingface"),
+    "LiteLLMModel": ("asyncmodels.remote.litellm", "litellm"),
+    "LiteLLMRouterModel": ("asyncmodels.remote.litellm", "litellm"),
     "Model": ("asyncmodels.model", None),
     "OpenAIModel": ("asyncmodels.remote.openai", "openai"),
     "OpenAIServerModel": ("asyncmodels.remote.openai", "openai"),

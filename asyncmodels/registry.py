@@ -36,6 +36,14 @@ _TABLE = (
     Scheme("azure", "asyncmodels.remote.azure:AzureOpenAIModel", "openai", "Azure OpenAI, by the deployment's name"),
     Scheme("bedrock", "asyncmodels.remote.bedrock:BedrockModel", "bedrock", "Amazon Bedrock, by its Converse API"),
     Scheme(
+        "huggingface",
+        "asyncmodels.remote.huggingface:InferenceClientModel",
+        "huggingface",
+        "Hugging Face's Inference Providers (org/model, org/model:provider), or an endpoint by its URL",
+    ),
+    Scheme("hf", "asyncmodels.remote.huggingface:InferenceClientModel", "huggingface", "the same in short"),
+    Scheme("litellm", "asyncmodels.remote.litellm:LiteLLMModel", "litellm", "litellm's providers (provider/model)"),
+    Scheme(
         "transformers",
         "asyncmodels.local.transformers:TransformersModel",
         "transformers",

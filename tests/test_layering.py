@@ -107,6 +107,11 @@ FOREIGN: Mapping[str, set[str]] = {
     "remote": {"anyio", "httptools", "httpx2", "orjson"},
     "remote.openai_client": {"openai"},
     "remote.azure_client": {"openai"},
+    "remote.hf_lookup": {"huggingface_hub"},
+    "remote.hf_routing": {"huggingface_hub"},
+    "remote.huggingface": {"huggingface_hub"},
+    "remote.litellm_call": {"httpx"},
+    "remote.litellm_session": {"aiohttp", "litellm"},
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
 }
 """Packages of others, imported at the top of the leaf that owns them."""

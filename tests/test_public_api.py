@@ -45,11 +45,15 @@ NAMES = [
     "EngineDeadError",
     "EngineError",
     "EventLoopError",
+    "HfApiModel",
     "IdleTimeoutError",
     "ImagePart",
+    "InferenceClientModel",
     "InvalidRequestError",
     "InvalidResponseError",
     "JSONSchema",
+    "LiteLLMModel",
+    "LiteLLMRouterModel",
     "Message",
     "MissingExtraError",
     "MissingKeyError",
@@ -153,6 +157,7 @@ def test_the_aliases_of_the_seed_are_the_same_classes() -> None:
     """smolagents' names stand for our classes."""
     assert asyncmodels.OpenAIServerModel is asyncmodels.OpenAIModel
     assert asyncmodels.AzureOpenAIServerModel is asyncmodels.AzureOpenAIModel
+    assert asyncmodels.HfApiModel is asyncmodels.InferenceClientModel
 
 
 def test_dir_shows_every_name() -> None:
