@@ -15,6 +15,8 @@ _PREFIXES = (
     "OPENAI_",
     "AZURE_OPENAI_",
     "HF_TOKEN",
+    "HF_ENDPOINT",
+    "HF_OIDC_",
     "HUGGING_FACE_HUB_TOKEN",
     "AWS_",
     "ANTHROPIC_",

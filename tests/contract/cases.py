@@ -155,6 +155,12 @@ def azure_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     return AzureOpenAIModel("m", url, "k", "2024-10-21", policies=(retry, gate))
 
 
+def huggingface_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.remote.huggingface import InferenceClientModel
+
+    return InferenceClientModel("m", base_url=fixture("server").script().url, token="hf_k", policies=(retry, gate))
+
+
 def bedrock_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from asyncmodels.remote.bedrock import BedrockModel
 
@@ -192,6 +198,7 @@ CASES = [
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),
     Case("azure", azure_at, ask=ask_by_script),
+    Case("huggingface", huggingface_at, ask=ask_by_script),
     Case("bedrock", bedrock_at, ask=ask_bedrock_by_script),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}),
 ]
