@@ -72,7 +72,7 @@ CORE: Mapping[str, set[str]] = {
 
 PACKAGES: Mapping[str, set[str]] = {
     "policies": {"backend", "clock", "errors", "types"},
-    "remote": {"", "backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
+    "remote": {"", "backend", "clock", "errors", "messages", "model", "request", "stopping", "stream", "types"},
     "local": {"backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
     "batch": {"backend", "clock", "errors", "messages", "model", "request", "types"},
 }
