@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from typing import Any, Protocol
 
 import httpx2
 import orjson
@@ -18,42 +19,67 @@ from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
 from asyncmodels.types import Delta, Request, Response, Timing, TokenLogprob, evolve
 
-__all__ = ["deltas_of", "one_delta_of", "response_of", "without"]
+__all__ = ["Read", "Reader", "deltas_of", "one_delta_of", "response_of", "without"]
 
 
-def response_of(answer: httpx2.Response, request: Request, started: float) -> Response:
+class Read(Protocol):
+    """What makes a Response of the JSON of a whole answer."""
+
+    def __call__(self, data: Any, *, request_id: str | None, service: float | None) -> Response: ...
+
+
+class Reader(Protocol):
+    """What makes Deltas of the JSON of one event after the other."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more can come."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether the provider has said why it ended."""
+        ...
+
+    def read(self, chunk: Any) -> Delta | None: ...
+
+    def last(self, *, content: str = "", stopped: bool = False, timing: Timing | None = None) -> Delta: ...
+
+
+def response_of(answer: httpx2.Response, request: Request, started: float, read: Read = response_from) -> Response:
     """The Response of a whole answer that came with a good status."""
     try:
         data = orjson.loads(answer.content)
     except ValueError:
         raise _not_json(answer) from None  # the parser's error holds the whole body
     request_id = answer.headers.get("x-request-id")
-    response = response_from(data, request_id=request_id, service=time.perf_counter() - started)
+    response = read(data, request_id=request_id, service=time.perf_counter() - started)
     if request.stop_sequences and response.content:
         # Not every server honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
         if stop is not None:
             logprobs = None if response.logprobs is None else tuple(_LogprobGate(response.logprobs).until(len(text)))
-            return evolve(response, content=text, finish_reason="stop", logprobs=logprobs)
+            # What the provider wants back is the whole of what it wrote, which this no longer is.
+            return evolve(response, content=text, finish_reason="stop", logprobs=logprobs, extra=None)
     return response
 
 
 async def one_delta_of(
-    answer: httpx2.Response, request: Request, started: float, secret: str | None
+    answer: httpx2.Response, request: Request, started: float, secret: str | None, read: Read = response_from
 ) -> AsyncGenerator[Delta, None]:
     """The answer of a server that was asked to stream and did not."""
     await answer.aread()
     try:
-        yield response_of(answer, request, started).as_delta()
+        yield response_of(answer, request, started, read).as_delta()
     except AsyncModelsError as error:
         raise without(secret, error) from error.__cause__
 
 
 async def deltas_of(
-    answer: httpx2.Response, request: Request, started: float, secret: str | None
+    answer: httpx2.Response, request: Request, started: float, secret: str | None, reader: Reader | None = None
 ) -> AsyncGenerator[Delta, None]:
     """The Deltas of a stream of server-sent events; raises TruncatedResponseError when it is cut off."""
-    decoder, reader = SSEDecoder(), ChunkReader()
+    decoder, reader = SSEDecoder(), ChunkReader() if reader is None else reader
     matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
     gate = _LogprobGate()
     first_token: float | None = None
@@ -67,6 +93,9 @@ async def deltas_of(
                     break
                 delta = _delta(event, reader)
                 if delta is None:
+                    if reader.ended:
+                        ended = True
+                        break
                     continue
                 if first_token is None:
                     first_token = time.perf_counter() - started
@@ -116,7 +145,7 @@ class _LogprobGate:
         return tuple(self._waiting)
 
 
-def _delta(event: ServerSentEvent, reader: ChunkReader) -> Delta | None:
+def _delta(event: ServerSentEvent, reader: Reader) -> Delta | None:
     try:
         chunk = orjson.loads(event.data)
     except ValueError:

@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any
 
 import httpx2
 import orjson
 
-from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import AsyncModelsError, AuthenticationError, InvalidRequestError, MissingKeyError
-from asyncmodels.remote.answer import deltas_of, one_delta_of, response_of, without
+from asyncmodels.remote.answer import Read, Reader, deltas_of, one_delta_of, response_of, without
 from asyncmodels.remote.endpoint import Endpoint, Pass, require_sendable
 from asyncmodels.remote.pool import HTTPPool
+from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.status import error_from_response
-from asyncmodels.remote.wire import Dialect, request_body
-from asyncmodels.types import Delta, JSONSchema, Request, Response
+from asyncmodels.remote.wire import ChunkReader, Dialect, request_body, response_from
+from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["ChatBackend"]
 
 
 class ChatBackend(Backend):
-    """One endpoint that speaks OpenAI's chat completions, one model, no policy."""
+    """One endpoint that speaks OpenAI's chat completions, one model, no policy.
 
-    capabilities = Capabilities(
-        sampling=ALL_SAMPLING,
-        tools=True,
-        images=True,
-        logprobs=True,
-        response_format=True,
-        grammars=frozenset({JSONSchema}),
-        extra=True,
-    )
+    Without ``capabilities`` it takes whatever chat completions have a field for.
+    """
 
-    def __init__(self, model_id: str, endpoint: Endpoint, *, pool: HTTPPool, dialect: Dialect) -> None:
+    capabilities = capabilities_of(Quirks())
+    _read: Read = staticmethod(response_from)
+    _reader: Callable[[], Reader] = ChunkReader
+
+    def __init__(
+        self,
+        model_id: str,
+        endpoint: Endpoint,
+        *,
+        pool: HTTPPool,
+        dialect: Dialect,
+        capabilities: Capabilities | None = None,
+    ) -> None:
+        if capabilities is not None:
+            self.capabilities = capabilities
         self.model_id = model_id
         self.pool = pool
         self._endpoint = endpoint
@@ -51,7 +59,7 @@ class ChatBackend(Backend):
         if not answer.is_success:
             raise self._refused(answer, answer.content, way)
         try:
-            return response_of(answer, request, started)
+            return response_of(answer, request, started, self._read)
         except AsyncModelsError as error:
             raise without(way.secret, error) from error.__cause__
 
@@ -64,9 +72,9 @@ class ChatBackend(Backend):
             if not answer.is_success:
                 raise self._refused(answer, await answer.aread(), way)
             if "event-stream" in answer.headers.get("content-type", ""):
-                deltas = deltas_of(answer, request, started, way.secret)
+                deltas = deltas_of(answer, request, started, way.secret, self._reader())
             else:
-                deltas = one_delta_of(answer, request, started, way.secret)
+                deltas = one_delta_of(answer, request, started, way.secret, self._read)
             async with aclosing(deltas):
                 yield deltas
 

@@ -14,18 +14,20 @@ from typing import Any
 
 from asyncmodels.errors import InvalidRequestError, InvalidResponseError, StreamError, UnsupportedError
 from asyncmodels.messages import convert_roles, flatten
+from asyncmodels.remote.fields import Details, finish_reason, logprobs_from, shape, text, usage_from
+from asyncmodels.remote.quirks import Quirks
 from asyncmodels.remote.status import error_from_body
 from asyncmodels.types import (
     Delta,
     FinishReason,
-    ImagePart,
     JSONSchema,
     Message,
+    Part,
+    ProviderPart,
     Request,
     Response,
     TextPart,
     Timing,
-    TokenLogprob,
     Tool,
     ToolCall,
     ToolCallDelta,
@@ -33,7 +35,10 @@ from asyncmodels.types import (
     make,
 )
 
-__all__ = ["ChunkReader", "Dialect", "request_body", "response_from"]
+__all__ = ["RESPONSES_OUTPUT", "ChunkReader", "Dialect", "body_with_extra", "request_body", "response_from"]
+
+RESPONSES_OUTPUT = "responses_output"
+"""The key of ``Message.extra`` that belongs to the Responses API and means nothing to chat completions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,13 +51,41 @@ class Dialect:
     flatten_messages: bool = False
     max_stops: int = 4
     """How many stop sequences the endpoint takes; all are cut from the answer here in any case."""
+    seed_field: str = "seed"
+    reasoning_field: str | None = None
+    """Where an assistant's turn that called tools has its reasoning, for endpoints that want it back."""
+    stream_options: bool = True
+    """Whether a stream is asked for its usage."""
+    json_schema: bool = True
+    json_object: bool = True
+
+    @classmethod
+    def of(cls, quirks: Quirks, *, role_conversions: Mapping[str, str], flatten_messages: bool = False) -> Dialect:
+        """The dialect of a server with ``quirks``; the caller's own ``role_conversions`` come before its."""
+        role = quirks.system_role
+        renamed = {} if role is None else {name: role for name in ("system", "developer") if name != role}
+        return cls(
+            max_tokens_field=quirks.max_tokens_field or "max_tokens",
+            role_conversions={**renamed, **role_conversions},
+            flatten_messages=flatten_messages,
+            max_stops=0 if quirks.stop is False else 4 if quirks.max_stops is None else quirks.max_stops,
+            seed_field=quirks.seed_field or "seed",
+            reasoning_field=quirks.reasoning_field,
+            stream_options=quirks.stream_options is not False,
+            json_schema=quirks.json_schema is not False,
+            json_object=quirks.json_object is not False,
+        )
 
 
 # -- out --------------------------------------------------------------------------------------------------------------
 
 
 def request_body(request: Request, model_id: str, dialect: Dialect, *, stream: bool) -> dict[str, Any]:
-    """The JSON body of ``request``. Raises InvalidRequestError when ``extra`` contradicts what it would hold."""
+    """The JSON body of ``request``.
+
+    Raises InvalidRequestError when ``extra`` contradicts what it would hold, UnsupportedError for a format that the
+    endpoint cannot guarantee.
+    """
     messages = request.messages
     if dialect.role_conversions:
         messages = convert_roles(messages, dialect.role_conversions)
@@ -65,22 +98,33 @@ def request_body(request: Request, model_id: str, dialect: Dialect, *, stream: b
         body["temperature"] = request.temperature
     if request.top_p is not None:
         body["top_p"] = request.top_p
-    if request.stop_sequences:
+    if request.stop_sequences and dialect.max_stops:
         body["stop"] = list(request.stop_sequences[: dialect.max_stops])
-    _add_rare(body, request)
+    if dialect.reasoning_field is not None:
+        _add_reasoning(body["messages"], messages, dialect.reasoning_field)
+    _add_rare(body, request, dialect)
     if stream:
         body["stream"] = True
-        body["stream_options"] = {"include_usage": True}
+        if dialect.stream_options:
+            body["stream_options"] = {"include_usage": True}
     if request.extra:
-        _add_extra(body, request.extra)
+        body_with_extra(body, request.extra)
     return body
 
 
-def _add_rare(body: dict[str, Any], request: Request) -> None:
-    for name in ("top_k", "min_p", "seed", "frequency_penalty", "presence_penalty"):
+def _add_reasoning(bodies: list[dict[str, Any]], messages: tuple[Message, ...], field: str) -> None:
+    for body, message in zip(bodies, messages, strict=True):
+        if message.tool_calls and message.reasoning:
+            body.setdefault(field, message.reasoning)
+
+
+def _add_rare(body: dict[str, Any], request: Request, dialect: Dialect) -> None:
+    for name in ("top_k", "min_p", "frequency_penalty", "presence_penalty"):
         value = getattr(request, name)
         if value is not None:
             body[name] = value
+    if request.seed is not None:
+        body[dialect.seed_field] = request.seed
     if request.logprobs is not None:
         body["logprobs"] = True
         if request.logprobs:
@@ -94,8 +138,12 @@ def _add_rare(body: dict[str, Any], request: Request) -> None:
     if request.response_format is not None:
         form = request.response_format
         if form.schema is None:
+            if not dialect.json_object:
+                raise UnsupportedError("This model takes a response_format with a schema only, not 'json'.")
             body["response_format"] = {"type": "json_object"}
         else:
+            if not dialect.json_schema:
+                raise UnsupportedError("This model does not support response_format with a schema, only 'json'.")
             body["response_format"] = _json_schema(form.name, form.schema, strict=form.strict)
     elif isinstance(request.grammar, JSONSchema):
         body["response_format"] = _json_schema("response", request.grammar.schema, strict=True)
@@ -105,7 +153,8 @@ def _json_schema(name: str, schema: Mapping[str, Any], *, strict: bool) -> dict[
     return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": strict}}
 
 
-def _add_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
+def body_with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
+    """Adds the caller's ``extra`` to ``body``; raises InvalidRequestError where it contradicts what is there."""
     for name, value in extra.items():
         if name == "stream_options" and "stream" in body:
             if not isinstance(value, Mapping):
@@ -127,7 +176,12 @@ def _message(message: Message) -> dict[str, Any]:
     }
     if message.tool_calls:
         body["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+                **(call.extra or {}),
+            }
             for call in message.tool_calls
         ]
     if message.tool_call_id is not None:
@@ -136,12 +190,15 @@ def _message(message: Message) -> dict[str, Any]:
         body["name"] = message.name
     if message.extra:
         body.update(message.extra)
+        body.pop(RESPONSES_OUTPUT, None)
     return body
 
 
-def _part(part: TextPart | ImagePart) -> dict[str, Any]:
+def _part(part: Part) -> dict[str, Any]:
     if isinstance(part, TextPart):
         return {"type": "text", "text": part.text, **part.extra}
+    if isinstance(part, ProviderPart):
+        return _provider_part(dict(part.value))
     url = part.url
     if part.data is not None:
         url = f"data:{part.media_type};base64,{base64.b64encode(part.data).decode('ascii')}"
@@ -149,11 +206,19 @@ def _part(part: TextPart | ImagePart) -> dict[str, Any]:
     return {"type": "image_url", "image_url": image, **part.extra}
 
 
+def _provider_part(value: dict[str, Any]) -> dict[str, Any]:
+    """A part as it is, but for the Responses API's spelling of a file, which is read as chat completions spell it."""
+    if value.get("type") != "input_file":
+        return value
+    file = {key: value.pop(key) for key in ("file_id", "file_data", "filename") if key in value}
+    return {**value, "type": "file", "file": file}
+
+
 def _tool(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
     if tool.strict is not None:
         function["strict"] = tool.strict
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": function, **(tool.extra or {})}
 
 
 # -- back -------------------------------------------------------------------------------------------------------------
@@ -166,6 +231,7 @@ def response_from(data: Any, *, request_id: str | None, service: float | None) -
         message = choice["message"]
         content, refused = _content(message)
         calls = tuple(_call(call, index) for index, call in enumerate(message.get("tool_calls") or ()))
+        details = message.get("reasoning_details")
         reason = finish_reason(choice.get("finish_reason"))
         logprobs = choice.get("logprobs")
         if content is None and not calls and reason is None:
@@ -174,30 +240,23 @@ def response_from(data: Any, *, request_id: str | None, service: float | None) -
             Response,
             content=content,
             tool_calls=calls,
-            reasoning=_text(message.get("reasoning_content")) or _text(message.get("reasoning")) or None,
+            reasoning=_reasoning(message),
             # Some servers say "stop" where they mean that they called a tool.
             finish_reason="content_filter" if refused else "tool_calls" if calls and reason == "stop" else reason,
             usage=usage_from(data.get("usage")),
-            model=_text(data.get("model")),
-            id=_text(data.get("id")),
-            logprobs=logprobs_from(logprobs) if logprobs else None,
+            model=text(data.get("model")),
+            id=text(data.get("id")),
+            logprobs=logprobs_from(logprobs.get("content")) if logprobs else None,
             timing=make(Timing, service=service),
+            extra={"reasoning_details": details} if details else None,
             raw=data,
         )
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         if isinstance(data, Mapping) and data.get("error"):
             raise error_from_body(data["error"], default=InvalidResponseError, request_id=request_id) from None
         raise InvalidResponseError(
-            f"The answer is JSON but no chat completion: {_shape(data)}.", request_id=request_id
+            f"The answer is JSON but no chat completion: {shape(data)}.", request_id=request_id
         ) from error
-
-
-def _shape(data: Any) -> str:
-    if isinstance(data, Mapping):
-        if data.get("choices") == []:
-            return "its choices are empty"
-        return f"an object with the keys {', '.join(map(str, list(data)[:8]))}" if data else "an empty object"
-    return f"a {type(data).__name__}"
 
 
 def _content(message: Mapping[str, Any]) -> tuple[str | None, bool]:
@@ -209,6 +268,16 @@ def _content(message: Mapping[str, Any]) -> tuple[str | None, bool]:
     return "".join(part["text"] for part in content if part.get("type") == "text"), False
 
 
+def _reasoning(message: Mapping[str, Any]) -> str | None:
+    found = text(message.get("reasoning_content")) or text(message.get("reasoning"))
+    content = message.get("content")
+    if found or not isinstance(content, list):
+        return found or None
+    # Mistral's thoughts are parts of the content, made of parts themselves.
+    thoughts = [part["thinking"] for part in content if part.get("type") == "thinking"]
+    return "".join(piece["text"] for pieces in thoughts for piece in pieces if piece.get("type") == "text") or None
+
+
 def _call(call: Mapping[str, Any], index: int) -> ToolCall:
     function = call["function"]
     arguments = function.get("arguments")
@@ -217,66 +286,13 @@ def _call(call: Mapping[str, Any], index: int) -> ToolCall:
     name = function["name"]
     if not isinstance(name, str):
         raise ValueError("a tool call without a name")
-    return ToolCall(_text(call.get("id")) or f"call_{index}", name, arguments)
+    return ToolCall(text(call.get("id")) or f"call_{index}", name, arguments, extra=_call_extra(call))
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-_FINISH: dict[str, FinishReason] = {
-    "stop": "stop",
-    "eos": "stop",
-    "eos_token": "stop",
-    "stop_sequence": "stop",
-    "end_turn": "stop",
-    "length": "length",
-    "max_tokens": "length",
-    "model_length": "length",
-    "tool_calls": "tool_calls",
-    "tool_use": "tool_calls",
-    "function_call": "tool_calls",
-    "content_filter": "content_filter",
-    "safety": "content_filter",
-    "error": "error",
-    "insufficient_system_resource": "error",
-}
-
-
-def finish_reason(value: Any) -> FinishReason | None:
-    """Ours for a provider's. One that nobody knows yet still means that the answer ended by itself."""
-    if value is None:
-        return None
-    return _FINISH.get(value if isinstance(value, str) else "", "stop")
-
-
-def usage_from(value: Any) -> Usage | None:
-    if not value:
-        return None
-    prompt, completion = _count(value.get("prompt_tokens")), _count(value.get("completion_tokens"))
-    if prompt is None or completion is None:
-        return None  # half an account would be taken for a whole one
-    return Usage(
-        prompt,
-        completion,
-        _count((value.get("prompt_tokens_details") or {}).get("cached_tokens")),
-        _count((value.get("completion_tokens_details") or {}).get("reasoning_tokens")),
-    )
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def logprobs_from(value: Mapping[str, Any]) -> tuple[TokenLogprob, ...]:
-    return tuple(
-        TokenLogprob(
-            item["token"],
-            float(item["logprob"]),
-            tuple((top["token"], float(top["logprob"])) for top in item.get("top_logprobs") or ()),
-        )
-        for item in value.get("content") or ()
-    )
+def _call_extra(call: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    # Gemini: the signature of the thought that led to the call, without which it refuses the next request.
+    content = call.get("extra_content")
+    return {"extra_content": content} if content else None
 
 
 class ChunkReader:
@@ -293,6 +309,10 @@ class ChunkReader:
         self._usage: Usage | None = None
         self._indices: dict[str, int] = {}
         self._calls = 0
+        self._details: Details | None = None
+
+    ended = False
+    """Whether nothing more can come; chat completions say so by ``[DONE]`` instead."""
 
     @property
     def finished(self) -> bool:
@@ -308,12 +328,12 @@ class ChunkReader:
             choices = chunk.get("choices")
             if not choices:
                 if chunk.get("error"):
-                    raise error_from_body(chunk["error"], default=StreamError, error_type=chunk.get("error_type"))
+                    raise error_from_body(chunk["error"], default=StreamError)
                 return None
             choice = choices[0]
             if choice.get("index"):
                 return None  # another answer than the one that was asked for
-            if choice.get("finish_reason") is not None:
+            if choice.get("finish_reason"):
                 self._finish = finish_reason(choice["finish_reason"])
             delta = choice.get("delta") or {}
             content = delta.get("content")
@@ -322,7 +342,7 @@ class ChunkReader:
                 return make(Delta, content=content) if content else None
             return self._rare(chunk, choice, delta)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise InvalidResponseError(f"A piece of the stream is JSON but no chunk: {_shape(chunk)}.") from error
+            raise InvalidResponseError(f"A piece of the stream is JSON but no chunk: {shape(chunk)}.") from error
 
     @staticmethod
     def _is_rare(choice: Mapping[str, Any], delta: Mapping[str, Any]) -> bool:
@@ -331,15 +351,19 @@ class ChunkReader:
             or delta.get("tool_calls")
             or delta.get("reasoning_content")
             or delta.get("reasoning")
+            or delta.get("reasoning_details")
             or delta.get("refusal")
         )
 
     def _rare(self, chunk: Mapping[str, Any], choice: Mapping[str, Any], delta: Mapping[str, Any]) -> Delta | None:
         content, refused = _content(delta)
         self._refused = self._refused or refused
-        reasoning = _text(delta.get("reasoning_content")) or _text(delta.get("reasoning")) or ""
+        reasoning = _reasoning(delta) or ""
+        if delta.get("reasoning_details"):
+            self._details = self._details or Details()
+            self._details.add(delta["reasoning_details"])
         calls = tuple(self._call(call) for call in delta.get("tool_calls") or ())
-        logprobs = logprobs_from(choice["logprobs"]) if choice.get("logprobs") else ()
+        logprobs = logprobs_from(choice["logprobs"].get("content")) if choice.get("logprobs") else ()
         if self._introduced and not (content or reasoning or calls or logprobs):
             return None
         first = not self._introduced
@@ -349,8 +373,8 @@ class ChunkReader:
             reasoning=reasoning,
             tool_calls=calls,
             logprobs=logprobs,
-            model=_text(chunk.get("model")) if first else None,
-            id=_text(chunk.get("id")) if first else None,
+            model=text(chunk.get("model")) if first else None,
+            id=text(chunk.get("id")) if first else None,
         )
 
     def _call(self, call: Mapping[str, Any]) -> ToolCallDelta:
@@ -365,7 +389,7 @@ class ChunkReader:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = json.dumps(arguments)
-        return ToolCallDelta(index, _text(identity), _text(function.get("name")), arguments)
+        return ToolCallDelta(index, text(identity), text(function.get("name")), arguments, extra=_call_extra(call))
 
     def last(self, *, content: str = "", stopped: bool = False, timing: Timing | None = None) -> Delta:
         """The Delta that ends the stream; ``stopped`` when a stop sequence was found here."""
@@ -375,4 +399,5 @@ class ChunkReader:
         elif not stopped:
             # Some servers say "stop" where they mean that they called a tool, or end without a word.
             reason = "tool_calls" if self._calls and self._finish in ("stop", None) else self._finish or "stop"
-        return Delta(content=content, finish_reason=reason, usage=self._usage, timing=timing)
+        extra = None if self._details is None else self._details.extra()
+        return Delta(content=content, finish_reason=reason, usage=self._usage, timing=timing, extra=extra)
