@@ -14,7 +14,7 @@ import orjson
 from asyncmodels.errors import AsyncModelsError, InvalidResponseError, StreamError, TruncatedResponseError
 from asyncmodels.remote.pool import body_of
 from asyncmodels.remote.sse import ServerSentEvent, SSEDecoder
-from asyncmodels.remote.status import error_from_body
+from asyncmodels.remote.status import error_from_body, request_id_of
 from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
 from asyncmodels.types import Delta, Request, Response, Timing, TokenLogprob, evolve
@@ -52,8 +52,11 @@ def response_of(answer: httpx2.Response, request: Request, started: float, read:
         data = orjson.loads(answer.content)
     except ValueError:
         raise _not_json(answer) from None  # the parser's error holds the whole body
-    request_id = answer.headers.get("x-request-id")
-    response = read(data, request_id=request_id, service=time.perf_counter() - started)
+    try:
+        response = read(data, request_id=None, service=time.perf_counter() - started)
+    except AsyncModelsError as error:
+        error.request_id = request_id_of(answer.headers)
+        raise
     if request.stop_sequences and response.content:
         # Not every server honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
@@ -176,7 +179,7 @@ def _not_json(answer: httpx2.Response) -> InvalidResponseError:
     return InvalidResponseError(
         f"The provider answered {answer.status_code} with {what}.",
         status=answer.status_code,
-        request_id=answer.headers.get("x-request-id"),
+        request_id=request_id_of(answer.headers),
     )
 
 

@@ -34,7 +34,7 @@ import httpx2
 
 from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError, EventLoopError
 from asyncmodels.remote.clients import Face, Settings, TransportChoice, give_back, take
-from asyncmodels.remote.redirects import redirected
+from asyncmodels.remote.redirects import redirected, send_by
 from asyncmodels.remote.translate import FOREIGN, cause_of, translate
 from asyncmodels.remote.transport import Body
 
@@ -115,7 +115,7 @@ class HTTPPool:
         try:
             transport = lease.fast
             if lease.face is None:
-                return await lease.client.send(_build(lease, method, url, headers, content))
+                return await send_by(lease.client, _build(lease, method, url, headers, content))
             if transport is None:
                 request = _build(lease, method, url, headers, content)
                 response = await lease.client.send(request, follow_redirects=False)
@@ -157,7 +157,8 @@ class HTTPPool:
                     response = await lease.client.send(request, stream=True, follow_redirects=False)
                 else:
                     # A client of the user's does as it was told.
-                    response = await lease.client.send(_build(lease, method, url, headers, content), stream=True)
+                    request = _build(lease, method, url, headers, content)
+                    response = await send_by(lease.client, request, stream=True)
                 if lease.face is not None and response.status_code in _REDIRECTS and "location" in response.headers:
                     await _keeps_method_or_closes(response, method, url)
                     response = await redirected(lease.client, response, method, url, headers, content, stream=True)

@@ -1,10 +1,15 @@
-"""Following a redirect that was received without httpx2's client."""
+"""Following redirects without taking a provider's key along to another origin.
+
+httpx2 leaves out ``Authorization`` there, and knows nothing of the other headers that carry keys.
+"""
 
 from __future__ import annotations
 
 import httpx2
 
-__all__ = ["redirected"]
+__all__ = ["redirected", "send_by"]
+
+_KEYS = ("api-key", "x-api-key", "x-goog-api-key", "ocp-apim-subscription-key")
 
 
 async def redirected(
@@ -18,9 +23,43 @@ async def redirected(
     stream: bool = False,
 ) -> httpx2.Response:
     """Follows a redirect that has arrived already, by httpx2's rules: it is played back to a client of its own."""
+
+    async def strip(request: httpx2.Request) -> None:
+        _strip(request, url)
+
     request = client.build_request(method, url, headers=headers, content=content)
-    follower = httpx2.AsyncClient(transport=_Replay(response, client), follow_redirects=True, timeout=client.timeout)
+    follower = httpx2.AsyncClient(
+        transport=_Replay(response, client),
+        follow_redirects=True,
+        timeout=client.timeout,
+        event_hooks={"request": [strip]},
+    )
     return await follower.send(request, stream=stream)
+
+
+async def send_by(client: httpx2.AsyncClient, request: httpx2.Request, *, stream: bool = False) -> httpx2.Response:
+    """Sends ``request`` by a client of the user's, which does as it was told, redirects included."""
+    if not client.follow_redirects or not any(name in request.headers for name in _KEYS):
+        return await client.send(request, stream=stream)
+    first = request.url
+    response = await client.send(request, stream=stream, follow_redirects=False)
+    left = client.max_redirects
+    while response.next_request is not None:
+        await response.aclose()
+        if not left:
+            raise httpx2.TooManyRedirects("Exceeded maximum allowed redirects.", request=request)
+        left -= 1
+        request = response.next_request
+        _strip(request, first)
+        # The client's own auth is in the headers already, or was left out on purpose.
+        response = await client.send(request, stream=stream, follow_redirects=False, auth=None)
+    return response
+
+
+def _strip(request: httpx2.Request, first: httpx2.URL) -> None:
+    if request.url.origin != first.origin:
+        for name in _KEYS:
+            request.headers.pop(name, None)
 
 
 class _Replay(httpx2.AsyncBaseTransport):

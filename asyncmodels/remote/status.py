@@ -28,7 +28,7 @@ from asyncmodels.errors import (
     StreamError,
 )
 
-__all__ = ["error_from_body", "error_from_response", "retry_after"]
+__all__ = ["error_from_body", "error_from_response", "request_id_of", "retry_after"]
 
 _BY_STATUS: dict[int, type[AsyncModelsError]] = {
     400: InvalidRequestError,
@@ -56,6 +56,10 @@ _BY_CODE: dict[str, type[AsyncModelsError]] = {
     "content_filter": ContentFilterError,
     "content_policy_violation": ContentFilterError,
     "ResponsibleAIPolicyViolation": ContentFilterError,
+    # Azure's, which sends the first with a 401
+    "PermissionDenied": PermissionDeniedError,
+    "DeploymentNotFound": NotFoundError,
+    "RateLimitReached": RateLimitError,
     "insufficient_quota": QuotaExceededError,
     "billing_hard_limit_reached": QuotaExceededError,
     "invalid_api_key": AuthenticationError,
@@ -98,7 +102,7 @@ def error_from_response(status: int, headers: Mapping[str, str], body: bytes) ->
         status=status,
         code=code,
         retry_after=_first(retry_after(status, headers), _loading_time(data)),
-        request_id=next((headers[name] for name in _REQUEST_IDS if headers.get(name)), None),
+        request_id=request_id_of(headers),
     )
 
 
@@ -119,8 +123,13 @@ def error_from_body(
     return _error(kind, text, message, status=number, code=code, request_id=request_id)
 
 
-_REQUEST_IDS = ("x-request-id", "apim-request-id", "request-id", "x-amzn-trace-id", "x-amz-cf-id")
+_REQUEST_IDS = ("x-request-id", "apim-request-id", "x-ms-request-id", "request-id", "x-amzn-trace-id", "x-amz-cf-id")
 _STATUSES = ("status", "code", "http_status_code")
+
+
+def request_id_of(headers: Mapping[str, str]) -> str | None:
+    """The provider's id of a request, which its support asks for."""
+    return next((headers[name] for name in _REQUEST_IDS if headers.get(name)), None)
 
 
 def _error(kind: type[AsyncModelsError], text: str, message: str | None, **data: Any) -> AsyncModelsError:
@@ -163,17 +172,23 @@ def _code_and_message(data: Any) -> tuple[str | None, str | None]:
     if not isinstance(error, Mapping):
         return None, None
     message = error.get("message") or error.get("detail") or error.get("error_message")
-    for key in ("code", "type", "innererror"):
-        code = error.get(key)
-        code = code.get("code") if isinstance(code, Mapping) else code
-        if isinstance(code, str) and (code in _BY_CODE or key == "code"):
-            break
-    else:
-        code = error.get("type")
     return (
-        code if isinstance(code, str) else None,
+        _code(error),
         None if message is None else (message if isinstance(message, str) else str(message))[:_EXCERPT],
     )
+
+
+def _code(error: Mapping[str, Any]) -> str | None:
+    inner = error.get("innererror") or error.get("inner_error")
+    code, kind, inner = (
+        value.get("code") if isinstance(value, Mapping) else value
+        for value in (error.get("code"), error.get("type"), inner)
+    )
+    if isinstance(inner, str) and inner in _BY_CODE and not (isinstance(code, str) and code in _BY_CODE):
+        return inner  # Azure may say "BadRequest" outside, and what is bad about it inside
+    if isinstance(code, str):
+        return code
+    return kind if isinstance(kind, str) else None
 
 
 def _excerpt(body: bytes) -> str:
@@ -223,7 +238,8 @@ def retry_after(status: int, headers: Mapping[str, str]) -> float | None:
 
     In this order: ``retry-after-ms`` and ``x-ms-retry-after-ms`` (milliseconds), ``retry-after`` (seconds or an HTTP
     date, RFC 9110 section 10.2.3), and for a 429 the reset of the exhausted window: ``x-ratelimit-*`` ("1s", "6m0s"),
-    ``ratelimit: "api";r=0;t=55``, or ``ratelimit-remaining: 0`` with ``ratelimit-reset`` (seconds).
+    ``x-rate-limit-reset-*``, ``ratelimit: "api";r=0;t=55``, or ``ratelimit-remaining: 0`` with ``ratelimit-reset``
+    (seconds).
     """
     for name in ("retry-after-ms", "x-ms-retry-after-ms"):
         milliseconds = _positive(headers.get(name))
@@ -277,6 +293,12 @@ def _window_reset(headers: Mapping[str, str]) -> float | None:
         for window in ("requests", "tokens")
         if headers.get(f"x-ratelimit-remaining-{window}") == "0"
         and (seconds := _duration(headers.get(f"x-ratelimit-reset-{window}"))) is not None
+    ]
+    # Azure's other spelling, which comes with no word about what remains
+    resets += [
+        seconds
+        for window in ("requests", "tokens")
+        if (seconds := _duration(headers.get(f"x-rate-limit-reset-{window}"))) is not None
     ]
     # https://datatracker.ietf.org/doc/draft-ietf-httpapi-ratelimit-headers/, as it is now and as it was before
     resets += [float(reset) for reset in _EXHAUSTED.findall(headers.get("ratelimit") or "")]

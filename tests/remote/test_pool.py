@@ -13,7 +13,14 @@ from typing import Any, Literal
 import httpx2
 import pytest
 
-from asyncmodels.errors import ClosedError, ConfigurationError, ConnectTimeoutError, MissingExtraError, ReadTimeoutError
+from asyncmodels.errors import (
+    ClosedError,
+    ConfigurationError,
+    ConnectTimeoutError,
+    MissingExtraError,
+    ProtocolError,
+    ReadTimeoutError,
+)
 from asyncmodels.remote.pool import HTTPPool, body_of
 from tests.server.handle import Server
 from tests.server.script import Answer
@@ -228,6 +235,41 @@ async def test_a_redirect_elsewhere_takes_no_key_along(pool: HTTPPool, server: S
     place = server.script(Answer(status=307, headers=[("location", other)]))
     await pool.request("POST", httpx2.URL(place.url), headers=HEADERS, content=WHOLE)
     assert target.seen().requests[0].header("authorization") is None
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_a_redirect_elsewhere_takes_no_other_key_along(pool: HTTPPool, server: Server, own: bool) -> None:
+    """Nor is the header that Azure's key is in, by our client or the user's; on the same origin it is."""
+    target = server.script(Answer(body="{}"))
+    other = target.url.replace("127.0.0.1", "localhost")
+    away = server.script(
+        Answer(status=307, headers=[("location", "near")]), Answer(status=308, headers=[("location", other)])
+    )
+    headers = httpx2.Headers({"api-key": "k", "x-other": "o"})
+    async with httpx2.AsyncClient(follow_redirects=True) as client:
+        used = HTTPPool(http_client=client) if own else pool
+        assert (await used.request("POST", httpx2.URL(f"{away.url}/here"), headers=headers, content=WHOLE)).text == "{}"
+        again = server.script(Answer(status=307, headers=[("location", other)]))
+        async with used.stream("POST", httpx2.URL(again.url), headers=headers, content=STREAM) as response:
+            assert response.status_code == 200
+    assert [request.header("api-key") for request in away.seen().requests] == ["k", "k"]
+    assert [request.header("api-key") for request in target.seen().requests] == [None, None]
+    assert [request.header("x-other") for request in target.seen().requests] == ["o", "o"]
+    assert [request.body for request in target.seen().requests] == [WHOLE, STREAM]
+
+
+async def test_a_client_of_the_users_own_gives_up_on_redirects(server: Server) -> None:
+    """As its own limit says, and not at all where it is not to follow them."""
+    place = server.script(Answer(status=307, headers=[("location", "round")]))
+    headers = httpx2.Headers({"api-key": "k"})
+    url = httpx2.URL(f"{place.url}/here")
+    async with httpx2.AsyncClient(follow_redirects=True, max_redirects=3) as client:
+        with pytest.raises(ProtocolError):
+            await HTTPPool(http_client=client).request("POST", url, headers=headers, content=WHOLE)
+    assert len(place.seen().requests) == 4
+    async with httpx2.AsyncClient() as client:
+        pool = HTTPPool(http_client=client)
+        assert (await pool.request("POST", url, headers=headers, content=WHOLE)).status_code == 307
 
 
 async def test_cookies_are_not_kept(pool: HTTPPool, server: Server) -> None:

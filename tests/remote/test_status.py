@@ -54,6 +54,19 @@ def test_each_status_is_a_decision(status: int, kind: type[errors.AsyncModelsErr
         (429, {"code": "insufficient_quota", "message": "m"}, errors.QuotaExceededError),
         (400, {"code": "context_length_exceeded", "message": "m"}, errors.ContextLengthError),
         (400, {"code": "content_filter", "message": "m"}, errors.ContentFilterError),
+        (
+            400,
+            {"code": "BadRequest", "innererror": {"code": "ResponsibleAIPolicyViolation"}},
+            errors.ContentFilterError,
+        ),
+        (400, {"code": None, "inner_error": {"code": "ResponsibleAIPolicyViolation"}}, errors.ContentFilterError),
+        (400, {"code": "BadRequest", "innererror": {"code": "Whatever"}, "message": "m"}, errors.InvalidRequestError),
+        (
+            400,
+            {"code": ["odd"], "innererror": ["odd"], "type": {"code": 7}, "message": "m"},
+            errors.InvalidRequestError,
+        ),
+        (401, {"code": "PermissionDenied", "message": "m"}, errors.PermissionDeniedError),
         (400, {"code": "invalid_api_key", "message": "m"}, errors.AuthenticationError),
         (401, {"type": "invalid_request_error", "message": "m"}, errors.AuthenticationError),
         (429, {"type": "invalid_request_error", "code": "rate_limit_exceeded", "message": "m"}, errors.RateLimitError),
@@ -149,6 +162,7 @@ def test_a_huge_body_does_not_fill_the_message() -> None:
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m30.5s"}, 90.5),
         ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "120ms"}, 0.12),
         ({"x-ratelimit-remaining-tokens": "5", "x-ratelimit-reset-tokens": "120ms"}, None),
+        ({"x-ratelimit-remaining-tokens": "5", "x-rate-limit-reset-tokens": "55"}, 55.0),
         ({}, None),
     ],
 )
