@@ -75,6 +75,30 @@ _BY_CODE: dict[str, type[AsyncModelsError]] = {
     "internal_server_error": ServerError,
     "invalid_request_error": InvalidRequestError,
     "authentication_error": AuthenticationError,
+    # llama.cpp's
+    "exceed_context_size_error": ContextLengthError,
+    # the Responses API's
+    "invalid_prompt": InvalidRequestError,
+    "bio_policy": ContentFilterError,
+    "misalignment_policy_violation": ContentFilterError,
+    "image_content_policy_violation": ContentFilterError,
+    **dict.fromkeys(
+        (
+            "invalid_image",
+            "invalid_image_format",
+            "invalid_base64_image",
+            "invalid_image_url",
+            "invalid_image_mode",
+            "image_too_large",
+            "image_too_small",
+            "image_parse_error",
+            "image_file_too_large",
+            "unsupported_image_media_type",
+            "empty_image_file",
+            "image_file_not_found",
+        ),
+        InvalidRequestError,
+    ),
     # TGI's error_type
     "validation": InvalidRequestError,
     "template_error": InvalidRequestError,
@@ -90,6 +114,8 @@ _EXCERPT = 300
 def error_from_response(status: int, headers: Mapping[str, str], body: bytes) -> AsyncModelsError:
     """The error that an answer with a bad ``status`` stands for."""
     data = _json(body)
+    if isinstance(data, list) and len(data) == 1:
+        data = data[0]  # Gemini's, behind OpenAI's paths
     code, message = _code_and_message(data)
     if message is None:
         message = headers.get("x-error-message") or _excerpt(body)
@@ -101,7 +127,7 @@ def error_from_response(status: int, headers: Mapping[str, str], body: bytes) ->
         message,
         status=status,
         code=code,
-        retry_after=_first(retry_after(status, headers), _loading_time(data)),
+        retry_after=_first(retry_after(status, headers), _loading_time(data), _retry_delay(data)),
         request_id=request_id_of(headers),
     )
 
@@ -201,12 +227,20 @@ _NUMBERS = (
     # SGLang: "maximum context length of 8192 tokens. You requested a total of 9000 tokens"
     re.compile(
         r"maximum context length (?:is|of) (?P<limit>\d+).*?"
-        r"(?:requested(?: a total of)?|resulted in|contains at least) (?P<requested>\d+)",
+        r"(?:requested(?: a total of| about)?|resulted in|contains at least) (?P<requested>\d+)",
         re.S,
     ),
     # Anthropic-like: "prompt is too long: 210000 tokens > 200000 maximum"
     re.compile(r"(?P<requested>\d+) tokens > (?P<limit>\d+)"),
     re.compile(r"maximum context length (?:is|of) (?P<limit>\d+)(?P<requested>)"),
+    # Gemini: "The input token count (1048577) exceeds the maximum number of tokens allowed (1048576)."
+    re.compile(r"token count \((?P<requested>\d+)\) exceeds the maximum number of tokens allowed \((?P<limit>\d+)"),
+    # llama.cpp: "request (5000 tokens) exceeds the available context size (4096 tokens), try increasing it"
+    re.compile(r"request \((?P<requested>\d+) tokens\) exceeds the available context size \((?P<limit>\d+) tokens"),
+    # xAI: "This model's maximum prompt length is 131072 but the request contains 537812 tokens."
+    re.compile(r"maximum prompt length is (?P<limit>\d+) but the request contains (?P<requested>\d+) tokens"),
+    # Mistral: "Prompt contains 40000 tokens ..., too large for model with 32768 maximum context length"
+    re.compile(r"contains (?P<requested>\d+) tokens.*?(?P<limit>\d+) maximum context length", re.S),
     # TGI: "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 6 `inputs` tokens and 4091 `max_new_tokens`"
     re.compile(
         r"`inputs` tokens \+ `max_new_tokens` must be <= (?P<limit>\d+)\. "
@@ -256,6 +290,17 @@ def _loading_time(data: Any) -> float | None:
     """The seconds that Hugging Face expects until a model is loaded, which it says in the body of a 503."""
     seconds = data.get("estimated_time") if isinstance(data, Mapping) else None
     return _positive(str(seconds)) if isinstance(seconds, int | float) else None
+
+
+def _retry_delay(data: Any) -> float | None:
+    """Google's ``{"@type": ".../google.rpc.RetryInfo", "retryDelay": "34.5s"}`` among the details of an error."""
+    error = data.get("error") if isinstance(data, Mapping) else None
+    details = error.get("details") if isinstance(error, Mapping) else None
+    for detail in details if isinstance(details, list) else ():
+        delay = detail.get("retryDelay") if isinstance(detail, Mapping) else None
+        if isinstance(delay, str):
+            return _duration(delay)
+    return None
 
 
 def _first(*values: float | None) -> float | None:

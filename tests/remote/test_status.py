@@ -91,6 +91,23 @@ def test_the_code_says_more_than_the_status(status: int, error: dict[str, object
         ),
         ("maximum context length is 4096 tokens. However, your messages resulted in 5000 tokens.", 5000, 4096),
         ("prompt is too long: 210000 tokens > 200000 maximum", 210000, 200000),
+        (
+            "This endpoint's maximum context length is 8192 tokens. However, you requested about 9000 tokens.",
+            9000,
+            8192,
+        ),
+        ("The input token count (1048577) exceeds the maximum number of tokens allowed (1048576).", 1048577, 1048576),
+        ("request (5000 tokens) exceeds the available context size (4096 tokens), try increasing it", 5000, 4096),
+        (
+            "This model's maximum prompt length is 131072 but the request contains 537812 tokens.",
+            537812,
+            131072,
+        ),
+        (
+            "Prompt contains 40000 tokens and 0 draft tokens, too large for model with 32768 maximum context length",
+            40000,
+            32768,
+        ),
         ("maximum context length is 4096 tokens.", None, 4096),
         (
             "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096. "
@@ -137,6 +154,22 @@ def test_every_shape_of_body_makes_one_line(raw: bytes, part: str) -> None:
     assert part in error.message
     assert "\n" not in error.message
     assert "<" not in error.message
+
+
+def test_geminis_errors_come_in_a_list() -> None:
+    """Behind OpenAI's paths Google answers in its own shape; what it says of waiting is among the details."""
+    delay = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "34.5s"}
+    body = [{"error": {"code": 429, "message": "Slow down.", "status": "RESOURCE_EXHAUSTED", "details": [{}, delay]}}]
+    error = error_from_response(429, {}, json.dumps(body).encode())
+    assert isinstance(error, errors.RateLimitError)
+    assert (error.message, error.retry_after) == ("The provider answered 429: Slow down.", 34.5)
+
+
+@pytest.mark.parametrize("code", ["invalid_prompt", "invalid_image_url"])
+def test_the_codes_of_the_responses_api(code: str) -> None:
+    """A request that was not accepted is not tried again, also when it fails in the middle of a stream."""
+    error = error_from_body({"code": code, "message": "m"}, default=errors.StreamError)
+    assert isinstance(error, errors.InvalidRequestError)
 
 
 def test_a_huge_body_does_not_fill_the_message() -> None:
