@@ -162,11 +162,13 @@ def _endpoint(
     secret, key_header = None, "authorization"
     for name in ("authorization", "api-key"):
         value = request.headers.get(name)
-        key = "" if value is None else value.removeprefix("Bearer ")
+        key = "" if value is None else value.removeprefix("Bearer").strip()
         if key == _DYNAMIC:
             key_header = name
             headers.pop(name, None)
         elif value is not None:
             require_sendable(value)
-            headers[name], secret = value, key
+            if not key and name not in headers:
+                raise MissingKeyError("The Azure credentials are empty: AZURE_OPENAI_AD_TOKEN, perhaps.")
+            headers[name], secret = value, key or secret
     return Endpoint(url=url, headers=headers, api_key=dynamic, secret=secret, key_header=key_header)
