@@ -83,22 +83,22 @@ def _call(value: Mapping[str, Any], name_key: str, arguments_key: str) -> Writte
 # -- finding objects --------------------------------------------------------------------------------------------------
 
 _DECODER = json.JSONDecoder(strict=False)  # models write line breaks into their strings
+# A model that repeats itself may write thousands of braces that open nothing, and each costs a walk into the text.
+_BRACES = 500
 _LITERALS = 32
-"""How many braces of one text are tried as Python: each costs a walk to its end, and a model may write thousands."""
 
 
 def _objects(text: str, keys: tuple[str, ...]) -> Iterator[Any]:
     """The outermost objects in ``text``, and those in its lists.
 
-    A brace that opens nothing is passed over; a call that is broken is an error, because what is inside of it must
-    not be taken for a call.
+    Braces that open nothing are passed over, up to a number of them; a call that is broken is an error, because what
+    is inside of it must not be taken for a call.
     """
     at = text.find("{")
-    literals = 0
-    while at >= 0:
+    failures = 0
+    while at >= 0 and failures < _BRACES:
         value, end = _json(text, at)
-        if end is None and literals < _LITERALS:
-            literals += 1
+        if end is None and failures < _LITERALS:
             value, end = _literal(text, at)
         if end is not None:
             yield value
@@ -108,6 +108,7 @@ def _objects(text: str, keys: tuple[str, ...]) -> Iterator[Any]:
         head = text[at : following if following >= 0 else None]
         if any(f"{quote}{key}{quote}" in head for key in keys for quote in "\"'"):
             raise ToolCallParsingError(_complaint(text, at))
+        failures += 1
         at = following
 
 
