@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,38 @@ class Scheme:
     description: str
     named: bool = True
     """Whether a name follows the scheme; it becomes the first argument of the class."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """What the class is told beside the name."""
 
+
+# The providers that speak OpenAI's API: the rows of remote/providers.py, by which OpenAIModel finds URL and key.
+_PROVIDERS = {
+    "anthropic": "Anthropic, by its OpenAI-compatible API (ANTHROPIC_API_KEY)",
+    "cerebras": "Cerebras (CEREBRAS_API_KEY)",
+    "cohere": "Cohere, by its OpenAI-compatible API (CO_API_KEY)",
+    "dashscope": "Alibaba Cloud Model Studio (DASHSCOPE_API_KEY)",
+    "deepinfra": "DeepInfra (DEEPINFRA_API_KEY)",
+    "deepseek": "DeepSeek (DEEPSEEK_API_KEY)",
+    "fireworks": "Fireworks (FIREWORKS_API_KEY)",
+    "gemini": "Gemini, by its OpenAI-compatible API (GEMINI_API_KEY)",
+    "groq": "Groq (GROQ_API_KEY)",
+    "litellm-proxy": "a LiteLLM proxy, on this machine or where LITELLM_PROXY_API_BASE says",
+    "llamacpp": "a llama.cpp server, on this machine or at api_base",
+    "lmstudio": "LM Studio, on this machine or at api_base",
+    "mistral": "Mistral (MISTRAL_API_KEY)",
+    "moonshot": "Moonshot (MOONSHOT_API_KEY)",
+    "nvidia": "NVIDIA (NVIDIA_API_KEY)",
+    "ollama": "Ollama, on this machine or where OLLAMA_HOST says",
+    "openrouter": "OpenRouter (OPENROUTER_API_KEY)",
+    "perplexity": "Perplexity (PERPLEXITY_API_KEY)",
+    "sambanova": "SambaNova (SAMBANOVA_API_KEY)",
+    "sglang": "an SGLang server, on this machine or at api_base",
+    "tgi": "a TGI server, on this machine or at api_base",
+    "together": "Together (TOGETHER_API_KEY)",
+    "vllm-server": "a vLLM server, on this machine or at api_base",
+    "xai": "xAI (XAI_API_KEY)",
+    "zai": "Z.ai (ZAI_API_KEY)",
+}
 
 _TABLE = (
     Scheme("openai", "asyncmodels.remote.openai:OpenAIModel", "openai", "OpenAI, or any server that speaks its API"),
@@ -50,6 +82,10 @@ _TABLE = (
         "a model folder or Hugging Face id, on the engine in this process",
     ),
     Scheme("smollm", "asyncmodels.local.smollm:SmolLMModel", "smollm", "the embedded SmolLM2-135M-Instruct", False),
+    *(
+        Scheme(name, "asyncmodels.remote.openai:OpenAIModel", "openai", description, params={"provider": name})
+        for name, description in _PROVIDERS.items()
+    ),
 )
 
 
@@ -70,7 +106,7 @@ def load(name: str, /, **params: Any) -> Model:
         raise ConfigurationError(f"The scheme {scheme!r} stands for one model and takes no name, so {name!r} is wrong.")
     cls = _class_of(row)
     try:
-        model = cls(rest, **params) if row.named else cls(**params)
+        model = cls(rest, **row.params, **params) if row.named else cls(**row.params, **params)
     except TypeError as error:
         raise ConfigurationError(f"{cls.__name__} cannot be made from these parameters: {error}.") from error
     from asyncmodels.model import Model

@@ -43,6 +43,11 @@ class SSEDecoder:
         ):
             self._started = True
             return [ServerSentEvent(piece[6:-2])]
+        if self._idle and piece.startswith(b"event: ") and piece.endswith(b"\n\n") and b"\r" not in piece:
+            end = piece.find(b"\n")
+            if piece.startswith(b"data: ", end + 1) and piece.find(b"\n", end + 1) == len(piece) - 2:
+                self._started = True
+                return [ServerSentEvent(piece[end + 7 : -2], piece[7:end])]
         if not self._started:
             self._started = True
             piece = piece.removeprefix(b"\xef\xbb\xbf")

@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from asyncmodels.errors import InvalidRequestError, InvalidResponseError, StreamError, UnsupportedError
+from asyncmodels.errors import (
+    AsyncModelsError,
+    InvalidRequestError,
+    InvalidResponseError,
+    StreamError,
+    UnsupportedError,
+)
 from asyncmodels.messages import convert_roles, flatten
 from asyncmodels.remote.fields import Details, finish_reason, logprobs_from, shape, text, usage_from
 from asyncmodels.remote.quirks import Quirks
@@ -328,7 +334,7 @@ class ChunkReader:
             choices = chunk.get("choices")
             if not choices:
                 if chunk.get("error"):
-                    raise error_from_body(chunk["error"], default=StreamError)
+                    raise error_from_body(chunk["error"], default=StreamError, error_type=chunk.get("error_type"))
                 return None
             choice = choices[0]
             if choice.get("index"):
@@ -342,6 +348,8 @@ class ChunkReader:
                 return make(Delta, content=content) if content else None
             return self._rare(chunk, choice, delta)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            if isinstance(error, AsyncModelsError):
+                raise  # an InvalidRequestError of the provider's is a ValueError too
             raise InvalidResponseError(f"A piece of the stream is JSON but no chunk: {shape(chunk)}.") from error
 
     @staticmethod
