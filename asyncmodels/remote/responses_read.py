@@ -236,6 +236,8 @@ class EventReader:
             finish_reason="stop" if stopped else self._finish,
             usage=self._usage,
             timing=timing,
+            model=self._model,
+            id=self._id,
             # What is sent back must be the whole of what was written.
             extra=None if stopped else self._extra,
         )

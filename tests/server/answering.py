@@ -7,10 +7,11 @@ import json
 import socket
 import struct
 from base64 import b64decode
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from tests.server import completion, converse
+from tests.server import completion, converse, responses
 from tests.server.script import Answer
 
 __all__ = ["Wire", "answer"]
@@ -66,7 +67,10 @@ async def _body(wire: Wire, script: Answer, method: str, path: str, request: dic
             frames = converse.frames(script, request)
             return await _stream(wire, script, "application/vnd.amazon.eventstream", frames)
         if request.get("stream") is True:
-            events = [f"data: {event}\n\n".encode() for event in completion.events(script, request)]
+            if responses.is_responses(path):
+                events = responses.events(script, request)
+            else:
+                events = [f"data: {event}\n\n".encode() for event in completion.events(script, request)]
             return await _stream(wire, script, "text/event-stream", events)
     kind = "application/json"
     if script.size is not None:
@@ -75,8 +79,7 @@ async def _body(wire: Wire, script: Answer, method: str, path: str, request: dic
         text = b64decode(script.body) if script.base64 else script.body.encode()
         kind = "text/html" if script.body.lstrip().startswith("<") else kind
     else:
-        speaker = converse if converse.is_converse(path) else completion
-        text = speaker.whole(script, request).encode()
+        text = _whole(path)(script, request).encode()
     if script.fault in ("cut", "bad_chunk"):
         head = _head(script, kind, "transfer-encoding: chunked")
         rest = b"%x\r\n%b\r\n" % (len(text), text) if script.fault == "cut" else b"no size\r\n"
@@ -94,6 +97,12 @@ async def _body(wire: Wire, script: Answer, method: str, path: str, request: dic
         return await _end_badly(wire, script)
     await wire.write(data)
     return True
+
+
+def _whole(path: str) -> Callable[[Answer, dict[str, Any]], str]:
+    if converse.is_converse(path):
+        return converse.whole
+    return responses.whole if responses.is_responses(path) else completion.whole
 
 
 async def _stream(wire: Wire, script: Answer, kind: str, events: list[bytes]) -> bool:

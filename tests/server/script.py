@@ -31,13 +31,14 @@ class Answer:
     ``body`` replaces the completion by any text, or with ``base64`` by what that decodes to, and ``size`` by so many
     bytes; ``events`` replaces the ``data:`` of each event. ``pieces`` is how ``content`` is cut up in a stream. With
     ``echo`` the content is that of the last message, with ``obey`` words are counted as tokens and ``max_tokens`` is
-    heeded. ``delay`` comes before the first byte, ``interval`` between the
-    events of a stream, both in seconds. In a stream, the body faults strike after ``after`` events, or when all pieces
-    were sent.
+    heeded. ``reasoning`` are the paragraphs that the Responses API shows of it. ``delay`` comes before the first byte,
+    ``interval`` between the events of a stream, both in seconds. In a stream, the body faults strike after ``after``
+    events, or when all pieces were sent.
     """
 
     content: str | None = "Hello from the test server."
     tool_calls: Sequence[Mapping[str, Any]] = ()
+    reasoning: Sequence[str] = ()
     finish_reason: str = "stop"
     usage: Mapping[str, int] | None = None
     echo: bool = False
