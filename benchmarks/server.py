@@ -7,7 +7,8 @@ Run it in a process of its own, so that its work is not counted as the client's:
 It prints its port as the first line on standard output, and ends when its standard input is closed. Whatever is POSTed
 is answered after ``delay`` seconds: with one canned chat completion of about 1 KB, or, when the body asks for
 ``"stream": true``, with a server-sent event stream of ``chunks`` pieces, ``interval`` seconds apart, each sent alone.
-``GET /connections`` answers with the number of connections accepted so far and open now.
+``GET /connections`` answers with the number of connections accepted so far and open now, and ``GET /api/models/...`` as
+the Hub of Hugging Face does for a model that Together serves.
 
 From Python::
 
@@ -29,6 +30,14 @@ __all__ = ["running"]
 
 _CREATED = 1_700_000_000
 _WORDS = "The quick brown fox jumps over the lazy dog and finds that it was never asleep at all. "
+_SERVED = json.dumps(
+    {
+        "id": "benchmark",
+        "inferenceProviderMapping": {
+            "together": {"status": "live", "providerId": "benchmark", "task": "conversational"}
+        },
+    }
+).encode()
 
 
 def completion(size: int = 1024) -> bytes:
@@ -143,6 +152,9 @@ class Connection(asyncio.BufferedProtocol):
         if head.startswith(b"get /connections"):
             counts = b'{"accepted": %d, "open": %d}' % (self._settings.accepted, self._settings.open)
             self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(counts), counts))
+            self._next_request()
+        elif head.startswith(b"get /api/models/"):
+            self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(_SERVED), _SERVED))
             self._next_request()
         elif b'"stream":true' in body or b'"stream": true' in body:
             self._timer = self._loop.call_later(self._settings.delay, self._begin_stream)
