@@ -187,10 +187,11 @@ class SmolagentsModel(smolagents_models.Model):  # type: ignore[misc]  # smolage
             message.tool_calls = [
                 smolagents_models.ChatMessageToolCall(
                     function=smolagents_models.ChatMessageToolCallFunction(arguments=call.arguments, name=call.name),
-                    id=f"call_{uuid.uuid4().hex}",
+                    # Agents show the results in the order of the ids.
+                    id=f"call_{index:03}_{uuid.uuid4().hex}",
                     type="function",
                 )
-                for call in calls_in(message.content, self.tool_name_key, self.tool_arguments_key)
+                for index, call in enumerate(calls_in(message.content, self.tool_name_key, self.tool_arguments_key))
             ]
         for call in message.tool_calls:
             call.function.arguments = smolagents_models.parse_json_if_needed(call.function.arguments)

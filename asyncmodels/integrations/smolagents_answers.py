@@ -59,6 +59,7 @@ def stream_deltas(deltas: Iterable[Delta], stops: Sequence[str]) -> Iterator[Cha
     matcher = StopMatcher(stops)
     calls = _Calls()
     usage: Usage | None = None
+    unread = 0
     for delta in deltas:
         usage = delta.usage or usage
         content = matcher.push(delta.content) if delta.content else ""
@@ -66,12 +67,20 @@ def stream_deltas(deltas: Iterable[Delta], stops: Sequence[str]) -> Iterator[Cha
         if content or pieces:
             yield ChatMessageStreamDelta(content=content or None, tool_calls=pieces or None)
         if matcher.matched:
-            break  # what the model goes on to say is for nobody, and whoever reads this ends the request
+            # What the model goes on to say is for nobody, and whoever reads this ends the request. But most models end
+            # here by themselves, and the usage, which comes last, is worth a few pieces.
+            unread += 1
+            if unread > _UNREAD:
+                break
     rest = matcher.flush()
     if rest:
         yield ChatMessageStreamDelta(content=rest)
     if usage is not None:
         yield ChatMessageStreamDelta(content="", token_usage=_token_usage(usage))
+
+
+_UNREAD = 16
+"""How many pieces are read after a stop sequence before the request is ended."""
 
 
 def _token_usage(usage: Usage | None) -> TokenUsage | None:
@@ -88,9 +97,9 @@ class _Ids:
         self._given: set[str] = set()
 
     def unique(self, wish: str | None) -> str:
-        id = wish or f"call_{len(self._given)}"
+        id = wish or f"call_{len(self._given):03}"
         while id in self._given:
-            id = f"{id}_{len(self._given)}"
+            id = f"{id}_{len(self._given):03}"
         self._given.add(id)
         return id
 

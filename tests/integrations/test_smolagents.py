@@ -419,9 +419,9 @@ def test_calls_come_with_ids_of_their_own() -> None:
         ("i", "", "function"),
     ]
     ids = [call.id for call in message.tool_calls]
+    assert ids == sorted(ids)
     assert ids[0] == "a"
     assert len(set(ids)) == 4
-    assert all(isinstance(id, str) and id for id in ids)
     assert json.loads(message.model_dump_json())["tool_calls"][1]["function"]["name"] == "g"
 
 
@@ -535,6 +535,16 @@ def test_a_stream_without_usage_has_none() -> None:
     """No usage is made up."""
     model, _ = scripted([Delta(content="a"), Delta(finish_reason="stop")])
     assert [(piece.content, piece.token_usage) for piece in model.generate_stream(HELLO)] == [("a", None)]
+
+
+@pytest.mark.parametrize(("count", "known"), [(0, True), (3, True), (1000, False)])
+def test_the_usage_after_a_stop_is_read(count: int, known: bool) -> None:
+    """A model that is not sent stop sequences is read to its end when that is near, for the usage; else it is left."""
+    end = Delta(finish_reason="stop", usage=Usage(3, 4))
+    model, backend = scripted([Delta(content="a STOP"), *[Delta(content="b")] * count, end], stop=REMOVE_PARAMETER)
+    pieces = list(model.generate_stream(HELLO, stop_sequences=["STOP"]))
+    assert [piece.content for piece in pieces] == ["a ", *[""] * known]
+    assert backend.running == 0
 
 
 def test_a_model_that_cannot_stream_answers_in_one_piece() -> None:
