@@ -157,7 +157,7 @@ class BedrockBackend(Backend):
         self.model_id = model_id
         self._clients = clients
         self._dialect = dialect
-        self._secrets = tuple(secrets)
+        self._secrets = _Secrets(secrets)
         self._asked = False
 
     async def generate(self, request: Request, /) -> Response:
@@ -282,6 +282,15 @@ class BedrockBackend(Backend):
 
     def __repr__(self) -> str:
         return f"<BedrockBackend {self.model_id!r}>"
+
+
+class _Secrets(tuple[str, ...]):
+    """What must not show, not even by looking at who holds it."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} secrets>"
 
 
 def _last(reader: EventReader, matcher: StopMatcher | None, timing: Timing) -> Delta:

@@ -10,20 +10,24 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import inspect
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
+import aiohttp
 from aiobotocore.client import AioBaseClient
 from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
+from aiohttp.client_proto import ResponseHandler
 from botocore.loaders import Loader, create_loader
 from botocore.tokens import FrozenAuthToken
 
@@ -76,11 +80,28 @@ def _frozen(value: Any) -> object:
 # -- one client -------------------------------------------------------------------------------------------------------
 
 
+class _Handler(ResponseHandler):
+    """aiohttp's protocol, which also tells the reader of a body that what comes is no HTTP any more.
+
+    That of aiohttp 3.14 lets him wait for a connection that is closed, beyond every time limit of its own.
+    """
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        payload = self._payload
+        super().set_exception(exc, *cause)
+        if payload is not None and not payload.is_eof() and payload.exception() is None:
+            payload.set_exception(exc if isinstance(exc, aiohttp.ClientError) else aiohttp.ClientPayloadError(str(exc)))
+
+
 class Session(AIOHTTPSession):  # type: ignore[misc]  # botocore's packages have no types
-    """aiobotocore's session on aiohttp, which says what it holds and looks whose certificate it is shown.
+    """aiobotocore's session on aiohttp, which looks whose certificate it is shown, and ends what is broken.
 
     Up to 2.25 aiobotocore takes any valid certificate for any host, and behind a proxy does not look at it at all.
     """
+
+    def _create_connector(self, proxy_url: str | None) -> Any:
+        made = super()._create_connector(proxy_url)
+        return _guarded_later(made) if inspect.isawaitable(made) else _guarded(made)
 
     def _get_ssl_context(self) -> Any:
         context = super()._get_ssl_context()
@@ -89,6 +110,16 @@ class Session(AIOHTTPSession):  # type: ignore[misc]  # botocore's packages have
 
     def _setup_proxy_ssl_context(self, proxy_url: str) -> Any:
         return super()._setup_proxy_ssl_context(proxy_url) or self._get_ssl_context()
+
+
+def _guarded(connector: aiohttp.TCPConnector) -> aiohttp.TCPConnector:
+    factory: Any = partial(_Handler, loop=asyncio.get_running_loop())
+    connector._factory = factory
+    return connector
+
+
+async def _guarded_later(making: Awaitable[aiohttp.TCPConnector]) -> aiohttp.TCPConnector:
+    return _guarded(await making)
 
 
 _LOADERS: dict[str | None, Loader] = {}
