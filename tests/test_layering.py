@@ -101,7 +101,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "callable": {"anyio"},
     "policies.retry": {"tenacity"},
     "remote.bedrock": {"aiobotocore"},
-    "remote.bedrock_client": {"aiobotocore", "botocore"},
+    "remote.bedrock_client": {"aiobotocore", "aiohttp", "botocore"},
     "remote.bedrock_config": {"aiobotocore", "botocore"},
     "remote.bedrock_errors": {"aiohttp", "botocore"},
     "remote": {"anyio", "httptools", "httpx2", "orjson"},
