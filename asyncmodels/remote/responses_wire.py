@@ -34,7 +34,8 @@ def responses_body(request: Request, model_id: str, dialect: Dialect, *, stream:
         messages = flatten(messages)
     items: list[Any] = []
     for index, message in enumerate(messages):
-        if message.role in ("user", "system", "developer") and not message.extra and isinstance(message.content, str):
+        plain = isinstance(message.content, str) and not message.extra and message.name is None
+        if plain and message.role in ("user", "system", "developer"):
             items.append({"role": message.role, "content": message.content})
         else:
             items.extend(_items(message, f"messages[{index}]"))
@@ -105,8 +106,6 @@ def _add_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
         body["text"].update(text)
     if "stop" in rest:
         raise UnsupportedError("The Responses API has no 'stop': give stop_sequences, which are cut here.")
-    if "stream_options" in rest and "stream" not in body:
-        raise InvalidRequestError("extra's stream_options mean something in a stream only.")
     body_with_extra(body, rest)
 
 

@@ -165,7 +165,7 @@ def body_with_extra(body: dict[str, Any], extra: Mapping[str, Any]) -> None:
         if name == "stream_options" and "stream" in body:
             if not isinstance(value, Mapping):
                 raise InvalidRequestError(f"extra's stream_options must be a dict, not {value!r}.")
-            body[name] = {**body[name], **value}
+            body[name] = {**body.get(name, {}), **value}
         elif name == "n" and value != 1:
             raise UnsupportedError("One call gives one answer: ask again, or concurrently, instead of with n.")
         elif name in body or name == "stream":

@@ -107,7 +107,10 @@ def _items(answer: Answer, request: dict[str, Any]) -> list[tuple[dict[str, Any]
 
 def _events(answer: Answer, request: dict[str, Any]) -> list[dict[str, Any]]:
     begun = _response(answer, request, finished=False)
-    found = [{"type": "response.created", "response": begun}, {"type": "response.in_progress", "response": begun}]
+    found: list[dict[str, Any]] = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.in_progress", "response": begun},
+    ]
     shows = {"reasoning": _thoughts, "message": _message, "function_call": _call}
     for place, (item, pieces) in enumerate(_items(answer, request)):
         found.append(
