@@ -38,11 +38,9 @@ import pytest
 from asyncmodels.backend import Backend, Capabilities, compose
 from asyncmodels.callable import CallableModel
 from asyncmodels.errors import ServerError
-from asyncmodels.local.transformers import TransformersModel
 from asyncmodels.model import Model
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
-from asyncmodels.remote.openai import OpenAIModel
 from asyncmodels.testing import Delay, Reply, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request
 from tests.server.script import Answer
@@ -144,6 +142,9 @@ def ask_by_script(behaviour: Behaviour, text: str) -> Request:
 
 
 def openai_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    # Imported here, as everywhere below, so that the cases can be listed where the extra of one is not installed.
+    from asyncmodels.remote.openai import OpenAIModel
+
     url = f"{fixture('server').script().url}/v1"
     return OpenAIModel("m", api_base=url, api_key="k", policies=(retry, gate))
 
@@ -174,11 +175,14 @@ def ask_bedrock_by_script(behaviour: Behaviour, text: str) -> Request:
     return replace(request, extra={"additionalModelRequestFields": request.extra})
 
 
-def tiny_llama(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
-    # torch is imported here, and not where the cases are listed, so that the other cases need not wait for it.
-    from tests.local.tiny import tiny_model_folder
+def tiny_llama(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.local.transformers import TransformersModel
 
-    return TransformersModel(str(tiny_model_folder()), device_map="cpu", torch_dtype="float32")
+    # Every test has an engine of its own; only the weights, which the fixture holds, are read once for all of them.
+    spec = fixture("tiny_weights")
+    return TransformersModel(
+        spec.model_id, device_map=spec.device_map, torch_dtype=spec.torch_dtype, share_weights=True
+    )
 
 
 def ask_greedily(_: Behaviour, text: str) -> Request:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -19,3 +20,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights() -> Iterator[Any]:
+    """The WeightsSpec of a tiny Llama on the CPU, whose shared weights stay loaded for the whole run."""
+    from asyncmodels.local.weights import WeightsSpec, shared_weights
+    from tests.local.tiny import tiny_model_folder
+
+    spec = WeightsSpec(model_id=str(tiny_model_folder()), device_map="cpu", torch_dtype="float32")
+    held = shared_weights(spec)
+    yield spec
+    del held
