@@ -9,6 +9,7 @@ from typing import Any, Protocol, Unpack
 
 import httpx2
 
+from asyncmodels.backend import Capabilities
 from asyncmodels.errors import AsyncModelsError, AuthenticationError, ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.remote.azure_client import Surface, configure_azure
@@ -17,6 +18,8 @@ from asyncmodels.remote.chat import ChatBackend
 from asyncmodels.remote.endpoint import APIKey, Endpoint, Pass
 from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, retry_of
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
+from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
+from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.tokens import AccessToken, TokenCache, TokenProvider
 from asyncmodels.remote.wire import Dialect
 from asyncmodels.request import Parameters
@@ -54,10 +57,11 @@ class AzureOpenAIModel(Model):
     ``default_headers``, ``default_query``, ``timeout`` (seconds without a byte), ``max_retries`` and ``http_client``
     have a meaning here.
 
-    ``max_tokens`` is sent as ``max_completion_tokens`` on the v1 surface and as ``max_tokens`` with a dated version;
-    ``max_tokens_field`` says otherwise for a deployment that wants the other. ``custom_role_conversions`` renames roles
-    on the way out. ``max_concurrency`` limits the calls in flight, ``retry`` is False, a number of attempts or a
-    policy, ``policies`` replaces the whole default chain, and ``defaults`` are parameters of every call.
+    What the version and the model can do is known where the deployment is called as its model is ("gpt-5-mini", "o3");
+    ``quirks`` says it for others: ``Quirks(stop=False, temperature=False)``. ``max_tokens_field`` is short for that
+    field of it. ``custom_role_conversions`` renames roles on the way out. ``max_concurrency`` limits the calls in
+    flight, ``retry`` is False, a number of attempts or a policy, ``policies`` replaces the whole default chain, and
+    ``defaults`` are parameters of every call.
 
     Raises MissingKeyError when there are no credentials, ConfigurationError for anything else that is wrong from the
     start.
@@ -73,6 +77,7 @@ class AzureOpenAIModel(Model):
         client_kwargs: Mapping[str, Any] | None = None,
         custom_role_conversions: Mapping[str, str] | None = None,
         *,
+        quirks: Quirks | None = None,
         max_concurrency: int | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
@@ -99,12 +104,17 @@ class AzureOpenAIModel(Model):
         endpoint = configure_azure(
             model_id, surface, api_key=key, token=None if tokens is None else tokens.token, options=options
         )
-        newer = "max_completion_tokens" if surface.kind == "v1" else "max_tokens"
-        dialect = Dialect(
-            max_tokens_field=max_tokens_field or newer, role_conversions=checked_conversions(custom_role_conversions)
+        known = known_quirks(_row_of(surface), model_id, quirks).under(Quirks(max_tokens_field=max_tokens_field))
+        backend = AzureOpenAIBackend(
+            model_id,
+            endpoint,
+            pool=pool,
+            dialect=Dialect.of(known, role_conversions=checked_conversions(custom_role_conversions)),
+            tokens=tokens,
+            capabilities=capabilities_of(known),
         )
         super().__init__(
-            AzureOpenAIBackend(model_id, endpoint, pool=pool, dialect=dialect, tokens=tokens),
+            backend,
             *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
             defaults=defaults,
             model_id=model_id,
@@ -118,9 +128,16 @@ class AzureOpenAIBackend(ChatBackend):
     """The Backend of ``AzureOpenAIModel``."""
 
     def __init__(
-        self, model_id: str, endpoint: Endpoint, *, pool: HTTPPool, dialect: Dialect, tokens: TokenCache | None
+        self,
+        model_id: str,
+        endpoint: Endpoint,
+        *,
+        pool: HTTPPool,
+        dialect: Dialect,
+        tokens: TokenCache | None = None,
+        capabilities: Capabilities | None = None,
     ) -> None:
-        super().__init__(model_id, endpoint, pool=pool, dialect=dialect)
+        super().__init__(model_id, endpoint, pool=pool, dialect=dialect, capabilities=capabilities)
         self._tokens = tokens
         self._remembered: Pass | None = None
 
@@ -142,6 +159,22 @@ class AzureOpenAIBackend(ChatBackend):
             # A token that was good may have been revoked; one that was issued just now would be refused again.
             error.retryable = way.reused
         return error
+
+
+# What Azure's API did not know before a date; the v1 surface knows all of it.
+_BEFORE = (
+    ("2024-09-01", Quirks(max_tokens_field="max_tokens", stream_options=False)),
+    ("2024-12-01", Quirks(max_tokens_field="max_tokens")),
+)
+_REASONING = Quirks(max_tokens_field="max_completion_tokens")
+
+
+def _row_of(surface: Surface) -> Provider:
+    """OpenAI's row as this version of Azure's API has it. Models that have a row there refuse ``max_tokens``."""
+    openai = PROVIDERS["openai"]
+    lacks = next((lacks for date, lacks in _BEFORE if surface.version < date), None)
+    models = {name: row.under(_REASONING) for name, row in openai.models.items()}
+    return dataclasses.replace(openai, name="Azure OpenAI", quirks=openai.quirks.under(lacks), models=models)
 
 
 def _once(options: dict[str, Any], name: str, argument: Any) -> Any:

@@ -10,7 +10,9 @@ import pytest
 import asyncmodels
 from asyncmodels import AzureOpenAIModel, ConfigurationError, InvalidRequestError, MissingKeyError, UnsupportedError
 from asyncmodels.remote.azure import AzureOpenAIBackend
+from asyncmodels.remote.quirks import Quirks
 from tests.server.handle import Place, Request, Server
+from tests.server.script import Answer
 
 KEY = "0123456789abcdef0123456789abcdef"
 DATED = "2024-10-21"
@@ -112,7 +114,7 @@ async def test_each_place_is_the_packages_own(server: Server, name: str, model_i
 VARIABLES = {
     "AZURE_OPENAI_API_KEY": "key-from-env",
     "AZURE_OPENAI_AD_TOKEN": "token-from-env",
-    "OPENAI_API_VERSION": "2024-06-01",
+    "OPENAI_API_VERSION": "2024-10-01-preview",
     "OPENAI_ORG_ID": "org-from-env",
     "OPENAI_PROJECT_ID": "proj-from-env",
     "OPENAI_API_KEY": "not for azure",
@@ -222,18 +224,50 @@ async def test_the_environment_may_name_the_v1_surface(server: Server, monkeypat
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"api_version": DATED}, "max_tokens"),
         ({"api_version": "v1"}, "max_completion_tokens"),
+        ({"api_version": "preview"}, "max_completion_tokens"),
+        ({"api_version": "2025-04-01-preview"}, "max_completion_tokens"),
+        ({"api_version": DATED}, "max_tokens"),
+        ({"api_version": "2024-06-01"}, "max_tokens"),
+        ({"api_version": DATED, "model_id": "o3-mini"}, "max_completion_tokens"),
+        ({"api_version": DATED, "model_id": "GPT-5-mini-eu"}, "max_completion_tokens"),
         ({"api_version": DATED, "max_tokens_field": "max_completion_tokens"}, "max_completion_tokens"),
+        ({"api_version": DATED, "quirks": Quirks(max_tokens_field="max_completion_tokens")}, "max_completion_tokens"),
         ({"api_version": "v1", "max_tokens_field": "max_tokens"}, "max_tokens"),
     ],
 )
 async def test_the_field_for_max_tokens(server: Server, options: dict[str, Any], field: str) -> None:
-    """The v1 surface wants the new name, dated versions mostly the old one, and a deployment may be told apart."""
+    """Newer versions and models want the new name, older ones know nothing else than the old; both can be told."""
     place = server.script()
-    async with AzureOpenAIModel("m", place.url, KEY, **options) as model:
+    async with AzureOpenAIModel(**{"model_id": "m", "azure_endpoint": place.url, "api_key": KEY, **options}) as model:
         await model.generate("x", max_tokens=5)
     assert place.seen().requests[0].json()[field] == 5
+
+
+@pytest.mark.parametrize(
+    ("version", "asked"), [("2024-06-01", False), ("2024-08-01-preview", False), (DATED, True), ("v1", True)]
+)
+async def test_old_versions_are_not_asked_for_the_usage_of_a_stream(server: Server, version: str, asked: bool) -> None:
+    """They refuse the question as an unknown argument; whether the usage comes, they decide."""
+    place = server.script(Answer(content="a b"))
+    async with AzureOpenAIModel("m", place.url, KEY, version) as model:
+        response = await model.stream("x").response()
+    assert response.content == "a b"
+    assert (response.usage is not None, "stream_options" in place.seen().requests[0].json()) == (asked, asked)
+
+
+async def test_what_a_model_cannot_do_is_known_or_told(server: Server) -> None:
+    """By the deployment's name where it is the model's, else by quirks; stops are cut from the answer in any case."""
+    place = server.script(Answer(content="The END is near"))
+    for model_id, quirks in (("o3", None), ("my-o3", Quirks(stop=False, temperature=False))):
+        async with AzureOpenAIModel(model_id, place.url, KEY, DATED, quirks=quirks) as model:
+            with pytest.raises(UnsupportedError, match="temperature"):
+                await model.generate("x", temperature=0.5)
+            assert str(await model.generate("x", stop_sequences=["END"])) == "The "
+    requests = place.seen().requests
+    assert [("stop" in request.json()) for request in requests] == [False, False]
+    with pytest.raises(ConfigurationError, match="quirks"):
+        AzureOpenAIModel("m", URL, KEY, DATED, quirks={"stop": False})  # type: ignore[arg-type]  # the mistake is the point
 
 
 # -- what is wrong from the start -------------------------------------------------------------------------------------
