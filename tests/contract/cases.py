@@ -43,6 +43,7 @@ from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
 from asyncmodels.testing import Delay, Reply, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request
+from tests.remote.litellm_noise import NOISE as LITELLM_NOISE
 from tests.server.script import Answer
 
 __all__ = ["CASES", "Behaviour", "Case"]
@@ -185,6 +186,21 @@ def tiny_llama(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     )
 
 
+def litellm_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.remote.litellm import LiteLLMModel
+
+    url = f"{fixture('server').script().url}/v1"
+    return LiteLLMModel("openai/m", api_base=url, api_key="k", policies=(retry, gate))
+
+
+def litellm_router_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.remote.litellm import LiteLLMRouterModel
+
+    url = f"{fixture('server').script().url}/v1"
+    deployment = {"model": "openai/m", "api_base": url, "api_key": "k"}
+    return LiteLLMRouterModel("g", [{"model_name": "g", "litellm_params": deployment}], policies=(retry, gate))
+
+
 def ask_greedily(_: Behaviour, text: str) -> Request:
     """A random model never ends by itself; its greedy words are its own."""
     return Request(messages=(Message("user", text),), temperature=0.0, max_tokens=24)
@@ -204,5 +220,7 @@ CASES = [
     Case("azure", azure_at, ask=ask_by_script),
     Case("huggingface", huggingface_at, ask=ask_by_script),
     Case("bedrock", bedrock_at, ask=ask_bedrock_by_script),
+    Case("litellm", litellm_at, ask=ask_by_script, marks=LITELLM_NOISE),
+    Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}),
 ]

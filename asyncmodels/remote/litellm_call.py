@@ -1,0 +1,75 @@
+"""One call of litellm's: its arguments as values of its own, cancelled cleanly, closed for good."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import httpx
+
+from asyncmodels.remote.litellm_session import litellm
+
+__all__ = ["DEFAULT_TIMEOUT", "called", "closed", "own"]
+
+DEFAULT_TIMEOUT = httpx.Timeout(600.0, connect=5.0)
+"""Seconds without a byte, and for connecting; litellm's own limit for connecting is that for the whole answer."""
+
+T = TypeVar("T")
+_TICK = 0.002
+_TICKS = 100
+
+
+def own(value: Any) -> Any:
+    """A copy of JSON-like ``value`` that litellm may write into: its providers cut schemas and messages to size."""
+    if isinstance(value, Mapping):
+        return {name: own(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [own(inner) for inner in value]
+    return value
+
+
+async def called(call: Coroutine[Any, Any, T]) -> T:
+    """What ``call``, a coroutine of litellm's, returns; when this is cancelled, it is over before this is.
+
+    litellm prepares each call in a thread, which makes the coroutine that then does the work. Cancelled in between,
+    that coroutine would be dropped, and Python complain that nobody awaited it; so the thread, a matter of
+    milliseconds, is waited for. A call that waits longer has no thread yet, and can be cancelled without harm.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        try:
+            for _ in range(_TICKS):
+                if not _is_being_prepared(task):
+                    break
+                await asyncio.sleep(_TICK)
+        finally:
+            task.cancel()
+        with suppress(Exception, asyncio.CancelledError):
+            await asyncio.wait({task})
+            if not task.cancelled() and task.exception() is None:
+                await closed(task.result())  # it was faster, and nobody will read it
+        raise
+
+
+_PREPARING = inspect.unwrap(litellm.acompletion).__code__
+
+
+def _is_being_prepared(task: asyncio.Task[Any]) -> bool:
+    """Whether ``task`` waits, in ``litellm.acompletion`` itself, for the thread."""
+    inner: Any = task.get_coro()
+    coroutine = None
+    while inspect.iscoroutine(inner):
+        coroutine, inner = inner, inner.cr_await
+    return coroutine is not None and coroutine.cr_code is _PREPARING and not task.done()
+
+
+async def closed(answer: Any) -> None:
+    """Gives back the connection of ``answer``, if it is a stream that holds one."""
+    close = getattr(answer, "aclose", None)
+    if close is not None:
+        await close()
