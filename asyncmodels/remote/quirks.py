@@ -81,11 +81,12 @@ _TEXTS = frozenset({"max_tokens_field", "seed_field", "system_role", "reasoning_
 
 
 def row_for(model_id: str, rows: Mapping[str, Quirks]) -> Quirks | None:
-    """The row of the longest name that ``model_id`` begins with, without the vendor's path (``openai/``) before it.
+    """The row of the longest name that ``model_id`` begins with.
 
-    Upper and lower case are the same.
+    The vendor's path before it (``openai/``) and the mark of a fine-tuned model (``ft:``) do not count, nor does upper
+    or lower case.
     """
-    name = model_id.rpartition("/")[2].lower()
+    name = model_id.rpartition("/")[2].lower().removeprefix("ft:")
     found = max((prefix for prefix in rows if name.startswith(prefix)), key=len, default=None)
     return None if found is None else rows[found]
 
