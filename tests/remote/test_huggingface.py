@@ -300,6 +300,16 @@ def test_a_token_that_was_found_is_shown_to_hugging_face_only(
     assert given.headers["authorization"] == "Bearer mine"
 
 
+def test_a_strangers_endpoint_has_nobody_look_for_a_token(noted: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither here nor in huggingface_hub, where that can mean a request to the Hub."""
+    requests, transport = noted
+    for module in ("hf_inference", "_common"):
+        monkeypatch.setattr(f"huggingface_hub.inference._providers.{module}.get_token", lambda: 1 / 0)
+    monkeypatch.setattr("asyncmodels.remote.huggingface.get_token", lambda: 1 / 0)
+    request = sent_by(InferenceClientModel(base_url="http://x", transport=transport), requests)
+    assert "authorization" not in request.headers
+
+
 def test_who_pays(noted: Any) -> None:
     """The organisation in bill_to, which goes before the header; never where the provider bills its own customer."""
     requests, transport = noted
