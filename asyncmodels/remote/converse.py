@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.messages import convert_roles, flatten
-from asyncmodels.remote.converse_blocks import blocks_of, has_tool_blocks
+from asyncmodels.remote.converse_blocks import CACHE_NAMES, blocks_of, cache_point, check_extra, has_tool_blocks
 from asyncmodels.request import Parameters
 from asyncmodels.types import JSONSchema, Request, Tool
 
@@ -146,7 +146,7 @@ def _tool_config(
     """The ``toolConfig``, and the tool that asks for the response format where ``outputConfig`` cannot."""
     if not isinstance(given, Mapping | None):
         raise InvalidRequestError(f"toolConfig must be a dict, not {type(given).__name__}.")
-    tools = [_tool(tool, dialect) for tool in request.tools]
+    tools = [entry for tool in request.tools for entry in _tool(tool, dialect)]
     choice = request.tool_choice
     form = _form(request)
     format_tool = None
@@ -216,7 +216,7 @@ def _free_name(name: str, tools: Sequence[Tool]) -> str:
     return name
 
 
-def _tool(tool: Tool, dialect: Dialect) -> dict[str, Any]:
+def _tool(tool: Tool, dialect: Dialect) -> list[dict[str, Any]]:
     spec: dict[str, Any] = {"name": tool.name, "inputSchema": {"json": dict(tool.parameters)}}
     if tool.description:
         spec["description"] = tool.description
@@ -224,7 +224,10 @@ def _tool(tool: Tool, dialect: Dialect) -> dict[str, Any]:
         spec["strict"] = tool.strict
     elif tool.strict:
         raise UnsupportedError(f"The tool {tool.name!r} is strict, which this version of botocore cannot ask for.")
-    return {"toolSpec": spec}
+    if not tool.extra:
+        return [{"toolSpec": spec}]
+    check_extra(tool.extra, CACHE_NAMES, f"The tool {tool.name!r}")
+    return [{"toolSpec": spec}, *cache_point(tool.extra)]
 
 
 def _choice(choice: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ A message's ``extra``, and that of its parts, may say:
 
 ``cachePoint``
     ``{"type": "default"}``: the prompt is cached up to the end of this message, or of this part. ``cache_control``,
-    which is Anthropic's and OpenRouter's name for it, does the same.
+    which is Anthropic's and OpenRouter's name for it, does the same. A tool's ``extra`` takes both, too.
 ``blocks``
     Content blocks as Converse spells them, put before the message's own: documents, ``guardContent``, signed
     ``reasoningContent``. A message, or a tool call, whose reasoning then begins the turn.
@@ -27,9 +27,9 @@ from urllib.parse import unquote_to_bytes
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.types import ImagePart, Message, Part, ProviderPart, TextPart, ToolCall
 
-__all__ = ["blocks_of", "has_tool_blocks"]
+__all__ = ["CACHE_NAMES", "blocks_of", "cache_point", "check_extra", "has_tool_blocks"]
 
-_CACHE = ("cachePoint", "cache_control")
+CACHE_NAMES = ("cachePoint", "cache_control")
 _FORMATS = {
     "image/png": "png",
     "image/jpeg": "jpeg",
@@ -59,7 +59,7 @@ def blocks_of(messages: Sequence[Message], *, tools_as_text: bool) -> tuple[list
         _check_message(message, where)
         if message.role in ("system", "developer"):
             system.extend(_content(message, where))
-            system.extend(_cache_point(message.extra))
+            system.extend(cache_point(message.extra))
             continue
         role = "assistant" if message.role == "assistant" else "user"
         blocks = [*message.extra.get("blocks", ())]
@@ -74,7 +74,7 @@ def blocks_of(messages: Sequence[Message], *, tools_as_text: bool) -> tuple[list
             blocks.extend(_content(message, where))
             if not blocks:
                 raise InvalidRequestError(f"{where} is blank, which Converse refuses.")
-        blocks.extend(_cache_point(message.extra))
+        blocks.extend(cache_point(message.extra))
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"].extend(blocks)
         elif blocks:
@@ -91,8 +91,9 @@ def _check_message(message: Message, where: str) -> None:
     if message.name is not None and message.role != "tool":
         raise UnsupportedError(f"{where} has a name, and Converse knows no names of participants.")
     if message.extra:
-        known = ("blocks", "status", *_CACHE) if message.role == "tool" else ("blocks", *_CACHE)
-        _check_extra(message.extra, known, where)
+        if message.role != "assistant":  # an assistant's may hold what another provider wanted to have back
+            known = ("blocks", "status", *CACHE_NAMES) if message.role == "tool" else ("blocks", *CACHE_NAMES)
+            check_extra(message.extra, known, where)
         blocks = message.extra.get("blocks", ())
         if not isinstance(blocks, list | tuple) or not all(isinstance(block, Mapping) for block in blocks):
             raise InvalidRequestError(f"{where}: the blocks must be a list of Converse's content blocks, each a dict.")
@@ -100,7 +101,8 @@ def _check_message(message: Message, where: str) -> None:
             raise UnsupportedError(f"{where}: a system prompt takes no blocks.")
 
 
-def _check_extra(extra: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def check_extra(extra: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises UnsupportedError for what ``extra`` has beside ``known``."""
     # Histories of other providers carry empty fields ("refusal", "annotations"), which say nothing.
     unknown = [name for name, value in extra.items() if value and name not in known]
     if unknown:
@@ -121,19 +123,19 @@ def _content(message: Message, where: str) -> list[dict[str, Any]]:
     for place, part in enumerate(content):
         blocks.extend(_part(part, f"{where}.content[{place}]"))
         if not isinstance(part, ProviderPart) and part.extra:
-            blocks.extend(_cache_point(part.extra))
+            blocks.extend(cache_point(part.extra))
     return blocks
 
 
 def _part(part: Part, where: str) -> list[dict[str, Any]]:
     if isinstance(part, TextPart):
         if part.extra:
-            _check_extra(part.extra, _CACHE, where)
+            check_extra(part.extra, CACHE_NAMES, where)
         return [{"text": part.text}] if part.text.strip() else []
     if isinstance(part, ProviderPart):
         return [dict(part.value)]
     if part.extra:
-        _check_extra(part.extra, ("bucketOwner", *_CACHE), where)
+        check_extra(part.extra, ("bucketOwner", *CACHE_NAMES), where)
     return [_image(part, where)]
 
 
@@ -172,7 +174,8 @@ def _decoded(url: str, where: str) -> tuple[str, bytes]:
     return head.partition(";")[0], data
 
 
-def _cache_point(extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+def cache_point(extra: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The block for the ``cachePoint`` or ``cache_control`` in ``extra``; none where there is none."""
     given = extra.get("cachePoint") or extra.get("cache_control")
     if not given:
         return []

@@ -301,6 +301,20 @@ async def test_a_certificate_for_another_host(server: Server, monkeypatch: pytes
     assert len(place.seen().requests) == 1
 
 
+async def test_certificates_behind_a_proxy(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They count there as well, which aiobotocore up to 2.25 does not look at either."""
+    monkeypatch.setenv("HTTPS_PROXY", server.proxy_url)
+    place = server.script(Answer(content="hi"))
+    async with model_at(place.tls_url, policies=()) as model:
+        with pytest.raises(TLSError):
+            await model.generate("x")
+    async with model_at(place.tls_url, kwargs={"verify": str(server.ca_file)}, policies=()) as model:
+        assert str(await model.generate("x")) == "hi"
+    async with model_at(place.tls_url, kwargs={"verify": False}, policies=()) as model:
+        assert str(await model.generate("x")) == "hi"
+    assert len(place.seen().requests) == 2
+
+
 async def test_a_server_that_is_silent_for_too_long(server: Server) -> None:
     """read_timeout of the client's config counts, from the head on and inside of a stream."""
     from botocore.config import Config

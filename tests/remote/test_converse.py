@@ -142,8 +142,16 @@ def test_what_converse_does_not_know(message: Message, what: str) -> None:
 
 def test_empty_fields_of_other_providers_say_nothing() -> None:
     """A history that OpenAI's package wrote has empty fields, which are no reason to refuse it."""
-    history = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "annotations": []}]
-    assert turns_of([*history, {"role": "user", "content": "c"}])[1] == ("assistant", [{"text": "b"}])
+    history = [{"role": "user", "content": "a", "annotations": []}, {"role": "assistant", "content": "b"}]
+    assert turns_of([*history, {"role": "user", "content": "c"}])[0] == ("user", [{"text": "a"}])
+
+
+def test_what_another_provider_wants_back_stays_here() -> None:
+    """A conversation may begin with one provider and go on with this one."""
+    call = ToolCall("c1", "weather", "{}", extra={"extra_content": {"google": {"thought_signature": "x"}}})
+    turn = Message("assistant", "Hm.", tool_calls=(call,), extra={"reasoning_details": [{"type": "reasoning.text"}]})
+    [_, (_, blocks), _] = turns_of([Message("user", "rain?"), turn, TOLD[-1]], tools=[WEATHER])
+    assert [list(block) for block in blocks] == [["text"], ["toolUse"]]
 
 
 # -- images and other parts -------------------------------------------------------------------------------------------
@@ -221,6 +229,15 @@ def test_a_cache_point_that_is_none() -> None:
     """True is not the shape of one."""
     with pytest.raises(InvalidRequestError, match="cachePoint"):
         params_of([Message("user", "a", extra={"cachePoint": True})])
+
+
+def test_a_cache_point_after_a_tool() -> None:
+    """A tool's extra says it as a part's does; what else it says is refused."""
+    tool = Tool("ping", extra={"cache_control": {"type": "ephemeral"}})
+    sent = params_of("x", tools=[tool, WEATHER])
+    assert [list(entry) for entry in sent["toolConfig"]["tools"]] == [["toolSpec"], ["cachePoint"], ["toolSpec"]]
+    with pytest.raises(UnsupportedError, match="'weight'"):
+        params_of("x", tools=[Tool("ping", extra={"weight": 1})])
 
 
 def test_a_cache_point_after_the_tools() -> None:
