@@ -12,7 +12,7 @@ import httpx2
 import orjson
 
 from asyncmodels.errors import AsyncModelsError, InvalidResponseError, StreamError, TruncatedResponseError
-from asyncmodels.remote.pool import body_of
+from asyncmodels.remote.pool import body_of, read_body
 from asyncmodels.remote.sse import ServerSentEvent, SSEDecoder
 from asyncmodels.remote.status import error_from_body, request_id_of
 from asyncmodels.remote.wire import ChunkReader, response_from
@@ -71,7 +71,7 @@ async def one_delta_of(
     answer: httpx2.Response, request: Request, started: float, secret: str | None, read: Read = response_from
 ) -> AsyncGenerator[Delta, None]:
     """The answer of a server that was asked to stream and did not."""
-    await answer.aread()
+    await read_body(answer)
     try:
         yield response_of(answer, request, started, read).as_delta()
     except AsyncModelsError as error:

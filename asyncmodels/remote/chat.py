@@ -15,7 +15,7 @@ from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import AsyncModelsError, AuthenticationError, InvalidRequestError, MissingKeyError
 from asyncmodels.remote.answer import Read, Reader, deltas_of, one_delta_of, response_of, without
 from asyncmodels.remote.endpoint import Endpoint, Pass, require_sendable
-from asyncmodels.remote.pool import HTTPPool
+from asyncmodels.remote.pool import HTTPPool, read_body
 from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.status import error_from_response
 from asyncmodels.remote.wire import ChunkReader, Dialect, request_body, response_from
@@ -70,7 +70,7 @@ class ChatBackend(Backend):
         started = time.perf_counter()
         async with self.pool.stream("POST", self._endpoint.url, headers=way.headers, content=body) as answer:
             if not answer.is_success:
-                raise self._refused(answer, await answer.aread(), way)
+                raise self._refused(answer, await read_body(answer), way)
             if "event-stream" in answer.headers.get("content-type", ""):
                 deltas = deltas_of(answer, request, started, way.secret, self._reader())
             else:

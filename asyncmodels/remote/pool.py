@@ -38,7 +38,7 @@ from asyncmodels.remote.redirects import redirected, send_by
 from asyncmodels.remote.translate import FOREIGN, cause_of, translate
 from asyncmodels.remote.transport import Body
 
-__all__ = ["HTTPPool", "PoolStatistics", "TransportChoice", "body_of", "translate"]
+__all__ = ["HTTPPool", "PoolStatistics", "TransportChoice", "body_of", "read_body", "translate"]
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _KEEPING = frozenset({307, 308})
@@ -254,11 +254,24 @@ async def body_of(response: httpx2.Response) -> AsyncIterator[bytes]:
             async for piece in response.aiter_bytes():
                 yield piece
     except FOREIGN as error:
-        if not isinstance(stream, Body):
-            raise translate(error, response.url) from error
-        if stream.abandoned:
-            raise ClosedError("The HTTP pool was closed while the answer was being read.") from error
-        raise translate(error, stream.url) from error
+        raise _translate_reading(error, response) from error
+
+
+async def read_body(response: httpx2.Response) -> bytes:
+    """The whole body of a streamed response, which ``response.content`` holds from then on; raises TransportError."""
+    try:
+        return await response.aread()
+    except FOREIGN as error:
+        raise _translate_reading(error, response) from error
+
+
+def _translate_reading(error: BaseException, response: httpx2.Response) -> AsyncModelsError:
+    stream = response.stream
+    if not isinstance(stream, Body):
+        return translate(error, response.url)
+    if stream.abandoned:
+        return ClosedError("The HTTP pool was closed while the answer was being read.")
+    return translate(error, stream.url)
 
 
 class _Lease:

@@ -16,6 +16,7 @@ from asyncmodels import (
     AuthenticationError,
     AzureOpenAIModel,
     Concurrency,
+    ConnectionLostError,
     ContentFilterError,
     ContextLengthError,
     Delta,
@@ -27,16 +28,18 @@ from asyncmodels import (
     NotFoundError,
     OverloadedError,
     PermissionDeniedError,
+    ProtocolError,
     RateLimitError,
     Retry,
     ServerError,
     StreamError,
     ToolCall,
+    TransportError,
     TruncatedResponseError,
     Usage,
 )
 from tests.server.handle import Place, Server
-from tests.server.script import Answer
+from tests.server.script import Answer, Fault
 
 KEY = "0123456789abcdef0123456789abcdef"
 # The default chain with waits that no test has to sit through.
@@ -343,6 +346,27 @@ async def test_streams_that_end_badly(server: Server, events: list[str], kind: t
         assert str(await model.generate("x")) == "ok"
         assert_idle(model)
     assert (shown, len(place.seen().requests)) == (["a"], 2)
+
+
+BROKEN: list[tuple[Fault, type[TransportError]]] = [
+    ("short", TruncatedResponseError),
+    ("cut", TruncatedResponseError),
+    ("bad_chunk", ProtocolError),
+    ("reset_in_body", ConnectionLostError),
+]
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize(("fault", "kind"), BROKEN)
+async def test_answers_that_break_off(server: Server, fault: Fault, kind: type[TransportError], status: int) -> None:
+    """An error of ours, whether an answer or a refusal breaks off, and whether a stream was asked for or not."""
+    body = json.dumps({"error": {"message": "a message that is long enough to be cut"}})
+    place = server.script(Answer(status=status, body=body, fault=fault))
+    async with model_at(place, policies=[]) as model:
+        for ask in (model.generate("x"), model.stream("x").response()):
+            with pytest.raises(kind):
+                await ask
+        assert_idle(model)
 
 
 async def test_a_silent_stream_is_ended(server: Server) -> None:
