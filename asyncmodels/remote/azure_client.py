@@ -51,6 +51,11 @@ class Surface:
                 "Where is the Azure resource? Pass azure_endpoint='https://RESOURCE.openai.azure.com', or set "
                 "AZURE_OPENAI_ENDPOINT."
             )
+        if base_url is None and ("?" in address or "/openai/deployments/" in address):
+            raise ConfigurationError(
+                "azure_endpoint is the address of the resource, 'https://RESOURCE.openai.azure.com', without the "
+                "deployment, which is model_id, and without the version, which is api_version."
+            )
         version = api_version or os.environ.get("OPENAI_API_VERSION")
         if address.rstrip("/").endswith("/openai/v1"):
             if api_version is not None and api_version not in ("v1", "preview"):

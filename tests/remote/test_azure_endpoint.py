@@ -284,6 +284,8 @@ URL = "https://resource.openai.azure.com"
         ({"azure_endpoint": "resource.openai.azure.com"}, "azure_endpoint must be a URL"),
         ({"azure_endpoint": "ftp://resource"}, "azure_endpoint must be a URL"),
         ({"azure_endpoint": "https://resource:port"}, "cannot make a request"),
+        ({"azure_endpoint": f"{URL}/openai/deployments/m/chat/completions"}, "without the deployment"),
+        ({"azure_endpoint": f"{URL}/?api-version={DATED}"}, "without the version"),
         ({"api_version": None}, "OPENAI_API_VERSION"),
         ({"api_version": 2024}, "api_version"),
         ({"azure_endpoint": f"{URL}/openai/v1"}, "leave api_version out"),
