@@ -136,10 +136,17 @@ def ask_by_script(behaviour: Behaviour, text: str) -> Request:
     answers = {
         Behaviour.ANSWER: Answer(content=say(text), obey=True),
         Behaviour.HANG: Answer(fault="hang"),
-        Behaviour.STALL: Answer(content=say(text), fault="hang_in_body", after=3),
+        Behaviour.STALL: Answer(content=say(text), fault="hang_in_body", after=6),
         Behaviour.FAIL: Answer(status=500),
     }
     return Request(messages=(Message("user", text),), extra={"x_script": answers[behaviour].to_json()})
+
+
+def responses_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.remote.openai import OpenAIModel
+
+    url = f"{fixture('server').script().url}/v1"
+    return OpenAIModel("m", api_base=url, api_key="k", api="responses", policies=(retry, gate))
 
 
 def openai_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
@@ -217,6 +224,7 @@ CASES = [
     Case("model", face),
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),
+    Case("openai-responses", responses_at, ask=ask_by_script),
     Case("azure", azure_at, ask=ask_by_script),
     Case("huggingface", huggingface_at, ask=ask_by_script),
     Case("bedrock", bedrock_at, ask=ask_bedrock_by_script),
