@@ -83,3 +83,16 @@ def test_any_cut_gives_the_same_events(cuts: list[int]) -> None:
         ServerSentEvent(b"x"),
         ServerSentEvent(b"[DONE]"),
     ]
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_events_with_names_come_the_same_however_they_are_cut(cut: int) -> None:
+    """The Responses API names every event; whole ones take a short way that must not show."""
+    data = b'event: response.output_text.delta\ndata: {"delta": "a"}\n\n'
+    event = ServerSentEvent(b'{"delta": "a"}', b"response.output_text.delta")
+    decoder = SSEDecoder()
+    assert decoder.feed(data) == [event]
+    assert [*decoder.feed(data[:cut]), *decoder.feed(data[cut:])] == [event]
+    assert decoder.feed(data + data) == [event, event]
+    assert decoder.feed(b"event: a\ndata: 1\ndata: 2\n\n") == [ServerSentEvent(b"1\n2", b"a")]
+    assert decoder.feed(b"event: a\ndata: 1\r\n\r\n") == [ServerSentEvent(b"1", b"a")]

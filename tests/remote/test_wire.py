@@ -8,13 +8,23 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
 from pydantic import TypeAdapter
 
-from asyncmodels.errors import InvalidRequestError, InvalidResponseError, RateLimitError, StreamError
+from asyncmodels.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    InvalidResponseError,
+    RateLimitError,
+    StreamError,
+    UnsupportedError,
+)
+from asyncmodels.messages import as_messages
+from asyncmodels.remote.quirks import Quirks
 from asyncmodels.remote.wire import ChunkReader, Dialect, request_body, response_from
 from asyncmodels.types import (
     Delta,
     ImagePart,
     JSONSchema,
     Message,
+    ProviderPart,
     Request,
     ResponseBuilder,
     ResponseFormat,
@@ -329,3 +339,145 @@ def test_an_empty_piece_is_no_delta() -> None:
     assert reader.read(chunk({"role": "assistant", "content": ""})) == Delta(model="m-1", id="id-1")
     assert reader.read(chunk({"content": ""})) is None
     assert reader.read({"choices": [], "prompt_filter_results": []}) is None
+
+
+# -- what the many servers need ---------------------------------------------------------------------------------------
+
+
+def test_no_stops_are_sent_to_an_endpoint_that_takes_none() -> None:
+    """Not even an empty list, which some refuse as well."""
+    assert "stop" not in body_of(Dialect(max_stops=0), stop_sequences=("a",))
+
+
+def test_a_dialect_is_made_of_quirks() -> None:
+    """Each fact has its place; what is unknown is as OpenAI documents it."""
+    assert Dialect.of(Quirks(), role_conversions={}) == Dialect()
+    quirks = Quirks(max_tokens_field="n", seed_field="s", stop=False, stream_options=False, max_stops=9)
+    dialect = Dialect.of(quirks, role_conversions={"tool": "user"}, flatten_messages=True)
+    assert dialect == Dialect(
+        max_tokens_field="n",
+        seed_field="s",
+        max_stops=0,
+        stream_options=False,
+        role_conversions={"tool": "user"},
+        flatten_messages=True,
+    )
+    body = body_of(dialect, stream=True, max_tokens=3, seed=4)
+    assert (body["n"], body["s"], "stream_options" in body) == (3, 4, False)
+
+
+def test_formats_that_cannot_be_guaranteed_are_refused() -> None:
+    """A schema that is silently ignored would look like a bad model."""
+    with pytest.raises(UnsupportedError, match="schema"):
+        body_of(Dialect(json_schema=False), response_format=ResponseFormat(schema={"type": "object"}))
+    with pytest.raises(UnsupportedError, match="json"):
+        body_of(Dialect(json_object=False), response_format=ResponseFormat())
+    assert body_of(Dialect(json_schema=False), response_format=ResponseFormat())["response_format"]
+
+
+def test_what_is_cached_and_biased_reaches_the_wire() -> None:
+    """Marks on parts, messages and tools where they stand, the fields of the request through extra."""
+    cache = {"cache_control": {"type": "ephemeral"}}
+    body = body_of(
+        messages=(Message("system", (TextPart("long", extra=cache),)), Message("user", "hi", extra=cache)),
+        tools=(Tool("f", extra=cache),),
+        tool_choice="none",
+        extra={
+            "logit_bias": {"50256": -100},
+            "prompt_cache_key": "k",
+            "prompt_cache_retention": "24h",
+            "parallel_tool_calls": False,
+        },
+    )
+    assert body["messages"][0]["content"] == [{"type": "text", "text": "long", **cache}]
+    assert body["messages"][1] == {"role": "user", "content": "hi", **cache}
+    assert body["tools"][0] == {"type": "function", "function": body["tools"][0]["function"], **cache}
+    assert (body["logit_bias"], body["prompt_cache_key"]) == ({"50256": -100}, "k")
+    assert (body["prompt_cache_retention"], body["parallel_tool_calls"]) == ("24h", False)
+    PARAMS.validate_python({key: value for key, value in body.items() if key not in ("messages", "tools")} | body_of())
+
+
+def test_files_and_videos_pass_as_they_are() -> None:
+    """A file in the Responses API's spelling is read as chat completions spell it."""
+    video = {"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}}
+    file = {"type": "file", "file": {"file_id": "f1"}}
+    same = {"type": "input_file", "file_id": "f1"}
+    [message] = body_of(messages=(Message("user", tuple(ProviderPart(part) for part in (video, file, same))),))[
+        "messages"
+    ]
+    assert message["content"] == [video, file, file]
+    assert same == {"type": "input_file", "file_id": "f1"}
+
+
+def test_extra_of_a_call_goes_back_with_it() -> None:
+    """Gemini signs the thought that led to a call, and refuses the next request without the signature."""
+    signed = {"extra_content": {"google": {"thought_signature": "s"}}}
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}, **signed}
+    response = read(completion({"content": None, "tool_calls": [call]}))
+    assert response.tool_calls == (ToolCall("a", "f", "{}", extra=signed),)
+    streamed = aggregate(chunk({"tool_calls": [{"index": 0, **call}]}), chunk(finish="stop"))
+    assert streamed.tool_calls == response.tool_calls
+    [message] = body_of(messages=(Message("assistant", None, tool_calls=response.tool_calls),))["messages"]
+    assert message["tool_calls"] == [call]
+
+
+def test_reasoning_details_go_back_whole() -> None:
+    """OpenRouter wants them unchanged in the next request; a stream brings them in pieces."""
+
+    def piece(index: int, kind: str, **more: Any) -> dict[str, Any]:
+        return {"type": kind, "index": index, "format": "x", **more}
+
+    text, sealed = "reasoning.text", "reasoning.encrypted"
+    details = [piece(0, text, text="2+2", signature="s"), piece(1, sealed, data="abc")]
+    whole = read(completion({"reasoning": "2+2", "reasoning_details": details}))
+    streamed = aggregate(
+        chunk({"reasoning": "2+", "reasoning_details": [piece(0, text, text="2+", signature=None)]}),
+        chunk({"reasoning": "2", "reasoning_details": [piece(0, text, text="2", signature="s")]}),
+        chunk({"reasoning_details": [piece(1, sealed, data="ab")]}),
+        chunk({"content": "hi", "reasoning_details": [piece(1, sealed, data="c")]}),
+        chunk(finish="stop"),
+    )
+    assert whole.extra == streamed.extra == {"reasoning_details": details}
+    assert (streamed.reasoning, streamed.content) == ("2+2", "hi")
+    messages = as_messages([whole])
+    assert body_of(messages=messages)["messages"][0]["reasoning_details"] == details
+
+
+def test_thoughts_among_the_parts_are_reasoning() -> None:
+    """Mistral's, whole and in a stream."""
+    thinking = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    response = read(completion({"content": [thinking, {"type": "text", "text": "a"}]}))
+    assert (response.content, response.reasoning) == ("a", "hm")
+    streamed = aggregate(chunk({"content": [thinking]}), chunk({"content": "a"}), chunk(finish="stop"))
+    assert (streamed.content, streamed.reasoning) == ("a", "hm")
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"prompt_tokens_details": {"cached_tokens": 4}}, Usage(10, 5, 4)),
+        ({"prompt_cache_hit_tokens": 4, "prompt_cache_miss_tokens": 6}, Usage(10, 5, 4)),
+        ({"cache_read_input_tokens": 4}, Usage(10, 5, 4)),
+        ({"cached_tokens": 4}, Usage(10, 5, 4)),
+        ({"prompt_tokens_details": {"cached_tokens": 0}, "cached_tokens": 4}, Usage(10, 5, 0)),
+        ({"cached_tokens": "4"}, Usage(10, 5)),
+        ({"total_tokens": 15, "completion_tokens_details": {"reasoning_tokens": 2}}, Usage(10, 5, None, 2)),
+        ({"total_tokens": 22, "completion_tokens_details": {"reasoning_tokens": 7}}, Usage(10, 12, None, 7)),
+    ],
+)
+def test_every_spelling_of_cached_and_reasoning_tokens(more: dict[str, Any], expected: Usage) -> None:
+    """Reasoning is output also where a provider counts it beside the rest (xAI)."""
+    assert read(completion(usage={"prompt_tokens": 10, "completion_tokens": 5, **more})).usage == expected
+
+
+def test_an_empty_finish_reason_in_a_stream_is_none() -> None:
+    """Some servers send one with every piece; a stream that breaks off must not pass for a finished one."""
+    reader = ChunkReader()
+    reader.read(chunk({"content": "a"}, finish=""))
+    assert not reader.finished
+
+
+def test_a_refused_request_inside_a_stream_keeps_its_type() -> None:
+    """An InvalidRequestError is a ValueError, and must not be taken for a wrong shape."""
+    with pytest.raises(ContextLengthError):
+        ChunkReader().read({"error": {"code": "context_length_exceeded", "message": "m"}})
