@@ -35,7 +35,7 @@ from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.pool import PoolStatistics
 
-__all__ = ["SERVICE", "Clients", "Lease", "Settings", "service_members"]
+__all__ = ["SERVICE", "Clients", "Lease", "Session", "Settings", "open_connections", "service_members"]
 
 SERVICE = "bedrock-runtime"
 _EXIT_PATIENCE = 2.0

@@ -51,6 +51,7 @@ def own_client(client: Any, client_kwargs: object, api_key: object) -> AioBaseCl
         raise ConfigurationError(
             f"client must be an open bedrock-runtime client of aioboto3 or aiobotocore, not {type(client).__name__}."
         )
+    _check_session(getattr(client.meta.config, "http_session_cls", AIOHTTPSession))
     service = client.meta.service_model.service_name
     if service != SERVICE:
         raise ConfigurationError(f"The client is one for {service!r}; Converse is part of {SERVICE!r}.")
@@ -152,8 +153,16 @@ def _merged(ours: Mapping[str, Any], theirs: Config | None, last: Mapping[str, A
     if isinstance(theirs, AioConfig):
         config.connector_args = dict(theirs.connector_args)
         if theirs.http_session_cls is not AIOHTTPSession:
+            _check_session(theirs.http_session_cls)
             config.http_session_cls = theirs.http_session_cls
     return config
+
+
+def _check_session(kind: Any) -> None:
+    if not (isinstance(kind, type) and issubclass(kind, AIOHTTPSession)):
+        raise ConfigurationError(
+            "The client's http_session_cls must be aiobotocore's AIOHTTPSession: no other can stream an answer."
+        )
 
 
 def _retry(retries: Mapping[str, Any]) -> bool | int | None:

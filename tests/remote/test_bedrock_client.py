@@ -192,6 +192,7 @@ async def test_where_the_region_comes_from(
         ({"client_kwargs": {"region_name": 5}}, "region_name must be a string"),
         ({"client_kwargs": {"endpoint_url": "localhost:8000"}}, "must be a URL"),
         ({"client_kwargs": {"config": {"read_timeout": 5}}}, "config must be"),
+        ({"client_kwargs": {"config": AioConfig(http_session_cls=object)}}, "http_session_cls"),
         ({"client_kwargs": {"profile_name": 5}}, "profile_name"),
         ({"client_kwargs": {**KEYS}, "api_key": "k"}, "give one of them"),
         ({"api_key": ""}, "api_key"),
