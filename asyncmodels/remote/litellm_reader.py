@@ -43,6 +43,7 @@ def response_from_litellm(answer: Any, request: Request, started: float) -> Resp
 async def deltas_from(stream: Any, request: Request, started: float) -> AsyncGenerator[Delta, None]:
     """The Deltas of a ``litellm.CustomStreamWrapper``; raises TruncatedResponseError when it is cut off."""
     source, reader = _source(stream), ChunkReader()
+    named = _Named.under(source)
     matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
     gate = _LogprobGate()
     first_token: float | None = None
@@ -51,7 +52,7 @@ async def deltas_from(stream: Any, request: Request, started: float) -> AsyncGen
         if chunk is None:
             continue
         usage = getattr(chunk, "usage", None) or usage
-        delta = reader.read(_chunk(chunk))
+        delta = reader.read(_chunk(chunk, named.model if named is not None else None))
         if delta is None:
             continue
         if first_token is None:
@@ -65,8 +66,7 @@ async def deltas_from(stream: Any, request: Request, started: float) -> AsyncGen
                 return
             delta = evolve(delta, content=text, logprobs=shown)
         yield delta
-    if source is not None:
-        _require_end(source)
+    if _require_end(source):
         usage = _reported_usage(source)
     reader.read({"usage": _usage(usage)})
     timing = Timing(first_token=first_token, service=time.perf_counter() - started)
@@ -87,13 +87,48 @@ def _source(stream: Any) -> Any:
     return stream if inside is None else inside
 
 
-def _require_end(source: Any) -> None:
-    """Raises TruncatedResponseError where litellm ends a stream that the provider did not end."""
+class _Named:
+    """The provider's own chunks on their way to litellm, which gives each the name of the model that was asked for."""
+
+    def __init__(self, chunks: Any) -> None:
+        self._chunks = chunks
+        self._iterator = aiter(chunks)
+        self.model: str | None = None
+        """The name of the model that answers, once the first chunk has passed."""
+
+    @classmethod
+    def under(cls, source: Any) -> _Named | None:
+        """Put under ``source``, unless its chunks come from a thread, or only once it is asked for the first."""
+        chunks = getattr(source, "completion_stream", None)
+        if not hasattr(chunks, "__aiter__"):
+            return None
+        source.completion_stream = named = cls(chunks)
+        return named
+
+    def __aiter__(self) -> _Named:
+        return self
+
+    async def __anext__(self) -> Any:
+        chunk = await anext(self._iterator)
+        if self.model is None:
+            model = getattr(chunk, "model", None)
+            self.model = model if isinstance(model, str) else None
+        return chunk
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._chunks, name)  # litellm closes it, each kind by a name of its own
+
+
+def _require_end(source: Any) -> bool:
+    """Whether ``source`` has told the whole story: it has not when the router turned to another in the middle.
+
+    Raises TruncatedResponseError where litellm ends a stream that the provider did not end.
+    """
     if not getattr(source, "sent_last_chunk", False):
-        return  # another deployment took over in the middle, out of sight
+        return False
     reasons = (getattr(source, "received_finish_reason", None), getattr(source, "intermittent_finish_reason", None))
     if any(reasons):
-        return
+        return True
     headers = getattr(source, "_response_headers", None) or {}
     if not getattr(source, "chunks", None) and "event-stream" not in headers.get("content-type", ""):
         raise InvalidResponseError("The provider was asked for a stream and sent nothing that belongs to one.")
@@ -120,14 +155,14 @@ def _choice(choice: Any) -> dict[str, Any]:
     }
 
 
-def _chunk(chunk: Any) -> dict[str, Any]:
+def _chunk(chunk: Any, model: Any) -> dict[str, Any]:
     choices = chunk.choices
     if not choices:
         return {}
     choice = choices[0]
     return {
         "id": chunk.id,
-        "model": chunk.model,
+        "model": model or chunk.model,
         "choices": [
             {
                 "index": choice.index,

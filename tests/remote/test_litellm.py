@@ -88,7 +88,7 @@ async def test_a_stream_adds_up_to_the_whole_answer(server: Server) -> None:
         streamed = await stream.response()
         assert_idle(model)
     assert [piece for piece in pieces if piece] == ["one ", "two ", "three"]
-    for name in ("content", "finish_reason", "usage", "id", "tool_calls", "attempts"):
+    for name in ("content", "finish_reason", "usage", "model", "id", "tool_calls", "attempts"):
         assert getattr(streamed, name) == getattr(whole, name)
     assert streamed.timing.first_token is not None
     assert place.seen().requests[1].json()["stream_options"] == {"include_usage": True}
