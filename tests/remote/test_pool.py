@@ -246,7 +246,7 @@ async def test_a_redirect_elsewhere_takes_no_other_key_along(pool: HTTPPool, ser
         Answer(status=307, headers=[("location", "near")]), Answer(status=308, headers=[("location", other)])
     )
     headers = httpx2.Headers({"api-key": "k", "x-other": "o"})
-    async with httpx2.AsyncClient(follow_redirects=True) as client:
+    async with httpx2.AsyncClient(follow_redirects=True, auth=("user", "password")) as client:
         used = HTTPPool(http_client=client) if own else pool
         assert (await used.request("POST", httpx2.URL(f"{away.url}/here"), headers=headers, content=WHOLE)).text == "{}"
         again = server.script(Answer(status=307, headers=[("location", other)]))
@@ -254,6 +254,7 @@ async def test_a_redirect_elsewhere_takes_no_other_key_along(pool: HTTPPool, ser
             assert response.status_code == 200
     assert [request.header("api-key") for request in away.seen().requests] == ["k", "k"]
     assert [request.header("api-key") for request in target.seen().requests] == [None, None]
+    assert [request.header("authorization") for request in target.seen().requests] == [None, None]
     assert [request.header("x-other") for request in target.seen().requests] == ["o", "o"]
     assert [request.body for request in target.seen().requests] == [WHOLE, STREAM]
 
