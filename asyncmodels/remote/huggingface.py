@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, Unpack
 import httpx2
 from huggingface_hub import constants, get_token
 
-from asyncmodels.backend import Backend
+from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingKeyError
 from asyncmodels.model import Model
 from asyncmodels.remote.chain import PolicyLike, remote_chain
@@ -28,6 +28,8 @@ from asyncmodels.remote.hf_routing import (
 )
 from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, retry_of
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
+from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
+from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.wire import Dialect, request_body
 from asyncmodels.request import Parameters
 from asyncmodels.types import Delta, Request, Response
@@ -54,7 +56,7 @@ class InferenceClientModel(Model):
 
     ``client_kwargs`` are those of ``huggingface_hub.InferenceClient``; of them ``headers``, ``cookies`` and ``timeout``
     (seconds without a byte) have a meaning here. ``timeout`` beside them is, as everywhere, seconds for a whole call.
-    The other keywords are those of ``OpenAIModel``.
+    ``quirks`` overrides what is known of the provider and the model. The other keywords are those of ``OpenAIModel``.
 
     Raises MissingKeyError when there is no token, ConfigurationError for anything else that is wrong from the start.
     What a named provider calls the model is looked up at the first call.
@@ -71,6 +73,7 @@ class InferenceClientModel(Model):
         api_key: str | None = None,
         bill_to: str | None = None,
         base_url: str | None = None,
+        quirks: Quirks | None = None,
         max_concurrency: int | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
@@ -91,14 +94,11 @@ class InferenceClientModel(Model):
         if bill_to is not None and given is not None and not given.startswith("hf_"):
             raise ConfigurationError("bill_to has no meaning with a provider's own key: the provider bills its owner.")
         way = _way(model_id, url, provider, given, own, pool)
-        # OpenAI's newer models refuse max_tokens; everyone else here knows nothing else.
-        dialect = Dialect(
-            max_tokens_field="max_completion_tokens" if provider == "openai" else "max_tokens",
-            role_conversions=checked_conversions(custom_role_conversions),
-        )
+        known = known_quirks(_row_of(provider), model_id or "", quirks)
+        dialect = Dialect.of(known, role_conversions=checked_conversions(custom_role_conversions))
         name = model_id or _shown(url)
         super().__init__(
-            HuggingFaceBackend(name, way, pool=pool, dialect=dialect),
+            HuggingFaceBackend(name, way, pool=pool, dialect=dialect, capabilities=capabilities_of(known)),
             *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
             defaults=defaults,
             model_id=name,
@@ -113,9 +113,10 @@ FindRoute: TypeAlias = Callable[[], Awaitable[Route]]
 class HuggingFaceBackend(Backend):
     """The Backend of ``InferenceClientModel``; ``way`` is the route to the model, or a function that finds it."""
 
-    capabilities = ChatBackend.capabilities
-
-    def __init__(self, model_id: str, way: Route | FindRoute, *, pool: HTTPPool, dialect: Dialect) -> None:
+    def __init__(
+        self, model_id: str, way: Route | FindRoute, *, pool: HTTPPool, dialect: Dialect, capabilities: Capabilities
+    ) -> None:
+        self.capabilities = capabilities
         self.model_id = model_id
         self.pool = pool
         self._dialect = dialect
@@ -237,6 +238,14 @@ def _way(
         return provider_route(helper, await lookup.mapping(), token, own)
 
     return find
+
+
+_OTHER_NAMES = {"fireworks-ai": "fireworks", "zai-org": "zai"}
+
+
+def _row_of(provider: str | None) -> Provider | None:
+    """What is known of a provider that can be reached without Hugging Face, too: the API behind it is the same."""
+    return PROVIDERS.get(_OTHER_NAMES.get(provider, provider)) if provider is not None else None
 
 
 def _found_token() -> str | None:

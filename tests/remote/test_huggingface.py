@@ -11,7 +11,6 @@ from typing import Any, cast
 import httpx2
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.inference._providers import PROVIDERS
 
 import asyncmodels
 from asyncmodels import (
@@ -35,6 +34,7 @@ from asyncmodels import (
     NotFoundError,
     OverloadedError,
     PermissionDeniedError,
+    Quirks,
     QuotaExceededError,
     RateLimitError,
     ReadTimeoutError,
@@ -47,6 +47,8 @@ from asyncmodels import (
     UnsupportedError,
     Usage,
 )
+from asyncmodels.remote import hf_lookup
+from asyncmodels.remote.hf_routing import same_name
 from tests.server.handle import Place, Server
 from tests.server.script import Answer, Fault
 
@@ -744,11 +746,35 @@ def test_two_loops_in_a_row_and_the_sync_face(server: Server) -> None:
     model.sync.close()
 
 
-def test_openai_gets_the_field_that_its_newer_models_want(noted: Any) -> None:
-    """The others know nothing but max_tokens."""
+@pytest.mark.parametrize(
+    ("provider", "model_id", "field"),
+    [
+        ("openai", "gpt-5", "max_completion_tokens"),
+        ("groq", "a/b", "max_completion_tokens"),
+        (None, "a/b", "max_tokens"),
+    ],
+)
+def test_what_is_known_of_a_provider_counts_here(
+    noted: Any, provider: str | None, model_id: str, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the same API that can be had without Hugging Face; the caller's quirks are over it."""
     requests, transport = noted
-    assert "openai" in PROVIDERS
-    model = InferenceClientModel("gpt-5", "openai", "sk-own", transport=transport, max_tokens=7)
-    assert json.loads(sent_by(model, requests).content)["max_completion_tokens"] == 7
-    routed = InferenceClientModel("a/b", token=TOKEN, transport=transport, max_tokens=7)
-    assert json.loads(sent_by(routed, requests).content)["max_tokens"] == 7
+    mapping = same_name("groq", "a/b")
+    monkeypatch.setitem(hf_lookup._KNOWN, (constants.ENDPOINT, "a/b", "groq"), mapping)
+    token = "sk-own" if provider else TOKEN
+    known = InferenceClientModel(model_id, provider, token, transport=transport, max_tokens=7)
+    assert json.loads(sent_by(known, requests).content)[field] == 7
+    quirks = Quirks(max_tokens_field="max_new_tokens")
+    told = InferenceClientModel(model_id, provider, token, transport=transport, max_tokens=7, quirks=quirks)
+    assert json.loads(sent_by(told, requests).content)["max_new_tokens"] == 7
+
+
+async def test_what_a_provider_does_not_take_is_refused_here() -> None:
+    """Before anything is sent, by the name that Hugging Face has for the provider; unless the caller knows better."""
+    for provider, parameter in (("groq", "logprobs"), ("zai-org", "top_k"), ("together", "logprobs")):
+        async with InferenceClientModel("a/b", provider, "sk-own") as model:
+            with pytest.raises(UnsupportedError, match=parameter):
+                await model.generate("x", **cast(Any, {parameter: 1}))
+    assert InferenceClientModel("a/b", "groq", "sk-own", quirks=Quirks(logprobs=True)).capabilities.logprobs
+    with pytest.raises(ConfigurationError, match="quirks"):
+        InferenceClientModel("a/b", token=TOKEN, quirks=cast(Any, {"logprobs": True}))
