@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, get_args
 
+from smolagents.models import ChatMessage, MessageRole
+
 from asyncmodels.errors import ConfigurationError, InvalidRequestError
 from asyncmodels.messages import as_messages, flatten, merge_adjacent
-from asyncmodels.types import Message, Role, TextPart, evolve
+from asyncmodels.types import Message, Role, TextPart, evolve, make
 
 __all__ = ["checked_conversions", "messages_from"]
 
 # Agents write down what tools were called and said as plain text, under roles of smolagents' own.
 _DEFAULT = {"tool-call": "assistant", "tool-response": "user"}
+_SPEAKERS = frozenset(get_args(Role)) - {"tool"}
 _KNOWN = frozenset({*get_args(Role), *_DEFAULT})
 
 
@@ -41,10 +44,41 @@ def messages_from(messages: object, conversions: Mapping[str, str], *, flattened
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise InvalidRequestError(f"messages must be a list of messages, not {type(messages).__name__}.")
+    plain = _plain_conversation(messages, conversions)
+    if plain is not None:
+        return plain
     answered = _answered(messages)
     converted = as_messages([_prepared(item, conversions, answered) for item in messages])
     found = merge_adjacent([_as_text(message) for message in converted])
     return flatten(found) if flattened else found
+
+
+def _plain_conversation(messages: Sequence[Any], conversions: Mapping[str, str]) -> tuple[Message, ...] | None:
+    """The same for messages that are a role and text and nothing more, as almost all of an agent's are; else None."""
+    turns: list[tuple[str, list[str]]] = []
+    for item in messages:
+        if type(item) is not ChatMessage or item.tool_calls:
+            return None
+        text = _plain_text(item.content)
+        role = item.role
+        if text is None or not isinstance(role, MessageRole):
+            return None
+        name = _converted(role.value, conversions, native=False)
+        if turns and turns[-1][0] == name:
+            turns[-1][1].append(text)
+        else:
+            turns.append((name, [text]))
+    if not all(name in _SPEAKERS for name, _ in turns):
+        return None
+    return tuple([make(Message, role=name, content="\n".join(texts), extra={}) for name, texts in turns]) or None
+
+
+def _plain_text(content: Any) -> str | None:
+    if type(content) is list and len(content) == 1:
+        part = content[0]
+        if type(part) is dict and len(part) == 2 and part.get("type") == "text":
+            content = part.get("text")
+    return content if type(content) is str else None
 
 
 def _plain(role: object) -> Any:

@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.recipe import constructor_arguments
-from asyncmodels.registry import schemes
+from asyncmodels.registry import Scheme, schemes
 
 __all__ = ["described", "writable"]
 
@@ -31,17 +31,21 @@ def described(model: Model) -> tuple[str, dict[str, Any]]:
     """
     cls = type(model)
     target = f"{cls.__module__}:{cls.__qualname__}"
-    for row in schemes():
-        if row.target != target:
-            continue
-        arguments = constructor_arguments(model)
-        if not row.named:
-            return row.scheme, arguments
-        return f"{row.scheme}:{arguments.pop(next(iter(arguments)))}", arguments
-    raise ConfigurationError(
-        f"An agent with this model cannot be saved: a {cls.__name__} is made by no scheme of asyncmodels.load. Give "
-        'SmolagentsModel a name instead of the model, such as "openai:gpt-5", or add a scheme for the class.'
-    )
+    arguments = constructor_arguments(model)
+    rows = [row for row in schemes() if row.target == target and _agrees(row, arguments)]
+    if not rows:
+        raise ConfigurationError(
+            f"An agent with this model cannot be saved: a {cls.__name__} is made by no scheme of asyncmodels.load. "
+            'Give SmolagentsModel a name instead of the model, such as "openai:gpt-5", or add a scheme for the class.'
+        )
+    # The row that says most: "groq" and not "openai" for a model of Groq's; of two names for one thing the longer.
+    row = max(rows, key=lambda row: (len(row.params), len(row.scheme)))
+    name = f"{row.scheme}:{arguments.pop(next(iter(arguments)))}" if row.named else row.scheme
+    return name, {key: value for key, value in arguments.items() if key not in row.params}
+
+
+def _agrees(row: Scheme, arguments: Mapping[str, Any]) -> bool:
+    return all(name in arguments and arguments[name] == value for name, value in row.params.items())
 
 
 def writable(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +98,13 @@ def _is_secret_name(name: str) -> bool:
     return not _SECRET_WORDS.isdisjoint(words)
 
 
+def _is_numbers(value: Any) -> bool:
+    """Whether ``value`` is of numbers alone, as ``stop_token_ids`` are: no key is."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_numbers, value))
+    return value is None or isinstance(value, int | float)
+
+
 def _secrets(value: Any, *, inside: bool = False) -> Iterator[str]:
     """Every string that stands under the name of a secret."""
     if isinstance(value, Mapping):
@@ -119,7 +130,7 @@ def _written(value: Any, where: str, secrets: frozenset[str], left_out: list[str
         for key, item in value.items():
             name = str(key.value if isinstance(key, Enum) else key)
             place = f"{where}.{name}" if where else name
-            if item is not None and _is_secret_name(name):
+            if _is_secret_name(name) and not _is_numbers(item):
                 left_out.append(place)
                 continue
             written = _written(item, place, secrets, left_out)

@@ -50,7 +50,7 @@ def calls(*made: dict[str, Any]) -> Answer:
     return Answer(content=None, tool_calls=made, finish_reason="tool_calls")
 
 
-@tool
+@tool  # type: ignore[untyped-decorator]  # smolagents is not typed
 def double(number: int) -> int:
     """Doubles.
 
@@ -121,7 +121,8 @@ def test_calls_may_be_written_as_text(server: Server, make: Make, stream: bool) 
     place = server.script(
         Answer(content="I do not know how to call."),
         Answer(
-            content='Action:\n{"name": "double", "arguments": {"number": 3}}\n{"name": "double", "arguments": {"number": 4}}'
+            content='Action:\n{"name": "double", "arguments": {"number": 3}}\n'
+            '{"name": "double", "arguments": {"number": 4}}'
         ),
         Answer(content='{"name": "final_answer", "arguments": {"answer": "14"}}'),
     )
@@ -148,7 +149,7 @@ def test_managed_agents_work_at_the_same_time(server: Server, make: Make) -> Non
     """Two managed agents on one model are called in parallel threads, and their requests are in flight together."""
     met = threading.Barrier(2, timeout=30)
 
-    @tool
+    @tool  # type: ignore[untyped-decorator]  # smolagents is not typed
     def meet() -> str:
         """Waits for the other agent."""
         met.wait()
