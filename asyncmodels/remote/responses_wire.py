@@ -52,7 +52,8 @@ def responses_body(request: Request, model_id: str, dialect: Dialect, *, stream:
             body["top_logprobs"] = request.logprobs
     if request.tools:
         body["tools"] = [_tool(tool) for tool in request.tools]
-    if request.tool_choice is not None:
+    # Without tools only "auto" and "none" come here, which then say nothing, and which OpenAI refuses.
+    if request.tool_choice is not None and (request.tools or "tools" in request.extra):
         choice = request.tool_choice
         named = choice not in ("auto", "none", "required")
         body["tool_choice"] = {"type": "function", "name": choice} if named else choice

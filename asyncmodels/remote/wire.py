@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from asyncmodels.errors import (
@@ -20,8 +19,8 @@ from asyncmodels.errors import (
     UnsupportedError,
 )
 from asyncmodels.messages import convert_roles, flatten
+from asyncmodels.remote.dialect import Dialect
 from asyncmodels.remote.fields import Details, finish_reason, logprobs_from, shape, text, usage_from
-from asyncmodels.remote.quirks import Quirks
 from asyncmodels.remote.status import error_from_body
 from asyncmodels.types import (
     Delta,
@@ -45,42 +44,6 @@ __all__ = ["RESPONSES_OUTPUT", "ChunkReader", "Dialect", "body_with_extra", "req
 
 RESPONSES_OUTPUT = "responses_output"
 """The key of ``Message.extra`` that belongs to the Responses API and means nothing to chat completions."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dialect:
-    """How one endpoint differs from the next."""
-
-    max_tokens_field: str = "max_tokens"
-    """OpenAI itself wants ``max_completion_tokens``; most compatible servers know only ``max_tokens``."""
-    role_conversions: Mapping[str, str] = field(default_factory=dict)
-    flatten_messages: bool = False
-    max_stops: int = 4
-    """How many stop sequences the endpoint takes; all are cut from the answer here in any case."""
-    seed_field: str = "seed"
-    reasoning_field: str | None = None
-    """Where an assistant's turn that called tools has its reasoning, for endpoints that want it back."""
-    stream_options: bool = True
-    """Whether a stream is asked for its usage."""
-    json_schema: bool = True
-    json_object: bool = True
-
-    @classmethod
-    def of(cls, quirks: Quirks, *, role_conversions: Mapping[str, str], flatten_messages: bool = False) -> Dialect:
-        """The dialect of a server with ``quirks``; the caller's own ``role_conversions`` come before its."""
-        role = quirks.system_role
-        renamed = {} if role is None else {name: role for name in ("system", "developer") if name != role}
-        return cls(
-            max_tokens_field=quirks.max_tokens_field or "max_tokens",
-            role_conversions={**renamed, **role_conversions},
-            flatten_messages=flatten_messages,
-            max_stops=0 if quirks.stop is False else 4 if quirks.max_stops is None else quirks.max_stops,
-            seed_field=quirks.seed_field or "seed",
-            reasoning_field=quirks.reasoning_field,
-            stream_options=quirks.stream_options is not False,
-            json_schema=quirks.json_schema is not False,
-            json_object=quirks.json_object is not False,
-        )
 
 
 # -- out --------------------------------------------------------------------------------------------------------------
@@ -137,7 +100,8 @@ def _add_rare(body: dict[str, Any], request: Request, dialect: Dialect) -> None:
             body["top_logprobs"] = request.logprobs
     if request.tools:
         body["tools"] = [_tool(tool) for tool in request.tools]
-    if request.tool_choice is not None:
+    # Without tools only "auto" and "none" come here, which then say nothing, and which OpenAI refuses.
+    if request.tool_choice is not None and (request.tools or "tools" in request.extra):
         choice = request.tool_choice
         named = choice not in ("auto", "none", "required")
         body["tool_choice"] = {"type": "function", "function": {"name": choice}} if named else choice

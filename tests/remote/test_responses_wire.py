@@ -136,7 +136,10 @@ def test_a_tool_is_not_strict_unless_it_says_so() -> None:
 
 @pytest.mark.parametrize("choice", ["auto", "none", "required"])
 def test_words_of_tool_choice_stay_words(choice: str) -> None:
-    """Only a tool's own name becomes an object."""
+    """Only a tool's own name becomes an object; without tools there is nothing to choose, and nothing is sent."""
+    assert "tool_choice" not in body_of(tool_choice=choice)
+    search = [{"type": "web_search"}]
+    assert body_of(tool_choice=choice, extra={"tools": search})["tool_choice"] == choice
     assert body_of(tools=(Tool("f"),), tool_choice=choice)["tool_choice"] == choice
 
 

@@ -481,3 +481,11 @@ def test_a_refused_request_inside_a_stream_keeps_its_type() -> None:
     """An InvalidRequestError is a ValueError, and must not be taken for a wrong shape."""
     with pytest.raises(ContextLengthError):
         ChunkReader().read({"error": {"code": "context_length_exceeded", "message": "m"}})
+
+
+def test_there_is_no_choice_without_tools() -> None:
+    """OpenAI refuses tool_choice where no tools are, and "auto" and "none" then say nothing."""
+    assert "tool_choice" not in body_of(tool_choice="none")
+    assert body_of(tool_choice="none", tools=(Tool("f"),))["tool_choice"] == "none"
+    own = [{"type": "custom", "custom": {"name": "f"}}]
+    assert body_of(tool_choice="auto", extra={"tools": own})["tool_choice"] == "auto"
