@@ -50,7 +50,9 @@ class BedrockModel(Model):
     prompt), ``flatten_messages_as_text`` sends text parts as one string. ``structured_output`` says how
     ``response_format`` is asked for: ``"native"`` by Converse's outputConfig, which newer models know, ``"tool"`` by a
     tool that the model must call, ``"auto"`` natively where botocore can. ``max_concurrency`` limits the calls in
-    flight, ``retry`` is False, a number of attempts or a policy, ``policies`` replaces the whole default chain.
+    flight, ``retry`` is False, a number of attempts or a policy, ``policies`` replaces the whole default chain; where
+    they are not given, ``max_pool_connections`` and ``retries`` of the ``config`` in ``client_kwargs`` say both, since
+    botocore itself retries nothing here.
 
     ``parameters`` are parameters of every call: fields of ``Request`` (``max_tokens=500``) and Converse's own
     (``guardrailConfig={...}``), which a call gives in ``extra``. A call's own beat them, name by name, and
