@@ -9,17 +9,16 @@ from typing import Any, Protocol, Unpack
 
 import httpx2
 
-from asyncmodels.backend import Capabilities
-from asyncmodels.errors import AsyncModelsError, AuthenticationError, ConfigurationError
+from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.remote.azure_client import Surface, configure_azure
 from asyncmodels.remote.chain import PolicyLike, remote_chain
-from asyncmodels.remote.chat import ChatBackend
-from asyncmodels.remote.endpoint import APIKey, Endpoint, Pass
+from asyncmodels.remote.endpoint import APIKey
 from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, retry_of
-from asyncmodels.remote.pool import HTTPPool, TransportChoice
+from asyncmodels.remote.pool import TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
 from asyncmodels.remote.quirks import Quirks, capabilities_of
+from asyncmodels.remote.token_chat import TokenChatBackend
 from asyncmodels.remote.tokens import AccessToken, TokenCache, TokenProvider
 from asyncmodels.remote.wire import Dialect
 from asyncmodels.request import Parameters
@@ -124,41 +123,8 @@ class AzureOpenAIModel(Model):
 AzureOpenAIServerModel = AzureOpenAIModel
 
 
-class AzureOpenAIBackend(ChatBackend):
+class AzureOpenAIBackend(TokenChatBackend):
     """The Backend of ``AzureOpenAIModel``."""
-
-    def __init__(
-        self,
-        model_id: str,
-        endpoint: Endpoint,
-        *,
-        pool: HTTPPool,
-        dialect: Dialect,
-        tokens: TokenCache | None = None,
-        capabilities: Capabilities | None = None,
-    ) -> None:
-        super().__init__(model_id, endpoint, pool=pool, dialect=dialect, capabilities=capabilities)
-        self._tokens = tokens
-        self._remembered: Pass | None = None
-
-    async def _authorized(self) -> Pass:
-        if self._tokens is None:
-            return await super()._authorized()
-        token, reused = await self._tokens.get()
-        way = self._remembered
-        if way is None or way.secret != token:
-            headers = self._endpoint.headers.copy()
-            headers["authorization"] = f"Bearer {token}"
-            way = self._remembered = Pass(headers, token, reused=True)
-        return way if reused else dataclasses.replace(way, reused=False)
-
-    def _refused(self, answer: httpx2.Response, content: bytes, way: Pass) -> AsyncModelsError:
-        error = super()._refused(answer, content, way)
-        if self._tokens is not None and isinstance(error, AuthenticationError):
-            self._tokens.forget(way.secret)
-            # A token that was good may have been revoked; one that was issued just now would be refused again.
-            error.retryable = way.reused
-        return error
 
 
 # What Azure's API did not know before a date; the v1 surface knows all of it.

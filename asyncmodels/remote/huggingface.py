@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias, Unpack
 
@@ -14,7 +15,6 @@ from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingKeyError
 from asyncmodels.model import Model
 from asyncmodels.remote.chain import PolicyLike, remote_chain
-from asyncmodels.remote.chat import ChatBackend
 from asyncmodels.remote.endpoint import require_sendable
 from asyncmodels.remote.hf_lookup import Lookup, ask_helper
 from asyncmodels.remote.hf_routing import (
@@ -30,6 +30,8 @@ from asyncmodels.remote.options import checked_conversions, checked_options, mak
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
 from asyncmodels.remote.quirks import Quirks, capabilities_of
+from asyncmodels.remote.token_chat import TokenChatBackend
+from asyncmodels.remote.tokens import TokenCache
 from asyncmodels.remote.wire import Dialect, request_body
 from asyncmodels.request import Parameters
 from asyncmodels.types import Delta, Request, Response
@@ -48,7 +50,8 @@ class InferenceClientModel(Model):
     ``provider`` is one of huggingface_hub's table; None and ``"auto"`` leave the choice to Hugging Face. ``token``, or
     ``api_key``, is a Hugging Face token (``hf_...``), with which requests go through Hugging Face and are billed there
     (to the organisation ``bill_to``), or the key of the provider, with which they go to it directly. Where neither is
-    given, the token is the one that huggingface_hub finds, in HF_TOKEN or after ``hf auth login``.
+    given, the token is the one that huggingface_hub finds, in HF_TOKEN or after ``hf auth login``; when it is refused
+    after it had been good, it is looked for again.
 
     ``base_url``, or a URL in place of ``model_id``, is an endpoint that speaks chat completions, a TGI server for
     example; ``/v1/chat/completions`` is appended as needed. A token that was found, and not given, is sent to hosts of
@@ -93,12 +96,18 @@ class InferenceClientModel(Model):
         given = token if token is not None else api_key
         if bill_to is not None and given is not None and not given.startswith("hf_"):
             raise ConfigurationError("bill_to has no meaning with a provider's own key: the provider bills its owner.")
-        way = _way(model_id, url, provider, given, own, pool)
+        token = given if given is not None else _token_for(url, provider)
+        way = _way(model_id, url, provider, _sendable(token), own, pool)
+        tokens = None
+        if given is None and token is not None and "authorization" not in own:
+            tokens = TokenCache(_FoundToken(token), name="huggingface_hub")
         known = known_quirks(_row_of(provider), model_id or "", quirks)
         dialect = Dialect.of(known, role_conversions=checked_conversions(custom_role_conversions))
         name = model_id or _shown(url)
         super().__init__(
-            HuggingFaceBackend(name, way, pool=pool, dialect=dialect, capabilities=capabilities_of(known)),
+            HuggingFaceBackend(
+                name, way, pool=pool, dialect=dialect, capabilities=capabilities_of(known), tokens=tokens
+            ),
             *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
             defaults=defaults,
             model_id=name,
@@ -114,17 +123,25 @@ class HuggingFaceBackend(Backend):
     """The Backend of ``InferenceClientModel``; ``way`` is the route to the model, or a function that finds it."""
 
     def __init__(
-        self, model_id: str, way: Route | FindRoute, *, pool: HTTPPool, dialect: Dialect, capabilities: Capabilities
+        self,
+        model_id: str,
+        way: Route | FindRoute,
+        *,
+        pool: HTTPPool,
+        dialect: Dialect,
+        capabilities: Capabilities,
+        tokens: TokenCache | None = None,
     ) -> None:
         self.capabilities = capabilities
         self.model_id = model_id
         self.pool = pool
         self._dialect = dialect
+        self._tokens = tokens
         self._find = way
         self._chat = self._chat_at(way) if isinstance(way, Route) else None
 
     def _chat_at(self, route: Route) -> _RoutedChat:
-        return _RoutedChat(route, pool=self.pool, dialect=self._dialect)
+        return _RoutedChat(route, pool=self.pool, dialect=self._dialect, tokens=self._tokens)
 
     async def _found(self) -> _RoutedChat:
         assert not isinstance(self._find, Route)  # noqa: S101  # a route that is known from the start needs no finding
@@ -154,11 +171,12 @@ class HuggingFaceBackend(Backend):
         return f"<{type(self).__name__} {self.model_id!r}>"
 
 
-class _RoutedChat(ChatBackend):
+class _RoutedChat(TokenChatBackend):
     """Chat completions at the end of a route, in the provider's spelling."""
 
-    def __init__(self, route: Route, *, pool: HTTPPool, dialect: Dialect) -> None:
-        super().__init__(route.model, route.endpoint, pool=pool, dialect=dialect)
+    def __init__(self, route: Route, *, pool: HTTPPool, dialect: Dialect, tokens: TokenCache | None) -> None:
+        endpoint = route.endpoint if tokens is None else replace(route.endpoint, api_key=tokens.token)
+        super().__init__(route.model, endpoint, pool=pool, dialect=dialect, tokens=tokens)
         self._spell = route.spell
 
     def _fields(self, request: Request, *, stream: bool) -> dict[str, Any]:
@@ -201,7 +219,7 @@ def _way(
     model_id: str | None,
     url: str | None,
     provider: str | None,
-    given: str | None,
+    token: str | None,
     own: Mapping[str, str | None],
     pool: HTTPPool,
 ) -> Route | FindRoute:
@@ -210,11 +228,8 @@ def _way(
     if url is not None:
         if not auto:
             raise ConfigurationError("provider has no meaning for an endpoint that is given by its URL.")
-        token = given if given is not None else _found_token() if _is_hugging_faces(url) else None
-        return endpoint_route(url, model_id, _sendable(token), own)
+        return endpoint_route(url, model_id, token, own)
     assert model_id is not None  # noqa: S101  # there is a URL or a model, and mypy cannot know
-    # A Hugging Face token means nothing to OpenAI, the one provider that Hugging Face does not route to.
-    token = _sendable(given if given is not None or provider == "openai" else _found_token())
     if token is None:
         raise MissingKeyError(
             "No Hugging Face token: pass token=..., set HF_TOKEN or log in with `hf auth login`"
@@ -238,6 +253,34 @@ def _way(
         return provider_route(helper, await lookup.mapping(), token, own)
 
     return find
+
+
+def _token_for(url: str | None, provider: str | None) -> str | None:
+    """The token that huggingface_hub finds, where it may be shown without having been told to."""
+    if url is not None:
+        return _found_token() if _is_hugging_faces(url) else None
+    # It means nothing to OpenAI, the one provider that Hugging Face does not route to.
+    return None if provider == "openai" else _found_token()
+
+
+class _FoundToken:
+    """Gives the token that was found, which serves until a server refuses it; and then what is found by then.
+
+    The token of ``hf auth login`` ends after some hours, and huggingface_hub renews it when it is asked.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._token: str | None = token
+
+    def __call__(self) -> _Unending:
+        token, self._token = self._token, None
+        return _Unending(token if token is not None else get_token() or "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Unending:
+    token: str = field(repr=False)
+    expires_on: float = 4e9  # in the year 2096
 
 
 _OTHER_NAMES = {"fireworks-ai": "fireworks", "zai-org": "zai"}

@@ -263,6 +263,42 @@ def test_the_token_is_found_where_huggingface_hub_finds_it(
     assert seen == ["Bearer hf_file", "Bearer hf_variable", "Bearer hf_given", "Bearer hf_given"]
 
 
+async def test_a_found_token_that_ends_is_looked_for_again(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A login's token is good for hours only; the retry has the new one, and one that was never good is not retried."""
+    (tmp_path / "token").write_text("hf_first")
+    monkeypatch.setattr("asyncmodels.remote.huggingface._is_hugging_faces", lambda _: True)
+    refusal = failing(401, {"error": "Invalid username or password."})
+    place = server.script(Answer(), refusal, Answer(content="ok"))
+    async with InferenceClientModel(base_url=place.url, policies=SWIFT) as model:
+        await model.generate("x")
+        (tmp_path / "token").write_text("hf_second")
+        assert (await model.generate("x")).attempts == 2
+        await model.generate("x")
+        assert_idle(model)
+    seen = [request.header("authorization") for request in place.seen().requests]
+    assert seen == ["Bearer hf_first", "Bearer hf_first", "Bearer hf_second", "Bearer hf_second"]
+    place = server.script(refusal)
+    async with InferenceClientModel(base_url=place.url, policies=SWIFT) as model:
+        with pytest.raises(AuthenticationError):
+            await model.generate("x")
+    assert len(place.seen().requests) == 1
+
+
+async def test_a_given_token_is_not_exchanged(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another one that lies about; a refusal is final."""
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    place = server.script(Answer(), failing(401, {"error": "no"}))
+    async with model_at(place) as model:
+        await model.generate("x")
+        for _ in range(2):
+            with pytest.raises(AuthenticationError):
+                await model.generate("x")
+    assert {request.header("authorization") for request in place.seen().requests} == {f"Bearer {TOKEN}"}
+    assert len(place.seen().requests) == 3
+
+
 @pytest.mark.parametrize("provider", [None, "auto", "groq", "hf-inference", "openai"])
 def test_without_a_token_there_is_no_model(provider: str | None) -> None:
     """The error says where one can come from."""
