@@ -128,6 +128,7 @@ class EventReader:
         self._id: str | None = None
         self._calls: dict[Any, int] = {}
         self._shown: set[Any] = set()
+        self._items: list[Mapping[str, Any]] = []
         self._thought: Any = None
 
     @property
@@ -197,10 +198,11 @@ class EventReader:
     def _done(self, event: Mapping[str, Any]) -> Delta | None:
         """What of an item did not come in pieces."""
         place, item = event.get("output_index"), event["item"]
+        kind = item.get("type")
+        self._items.append(item)
         if place in self._shown:
             return None
         self._shown.add(place)
-        kind = item.get("type")
         if kind == "function_call":
             call = _call(item)
             index = self._calls.setdefault(place, len(self._calls))
@@ -217,7 +219,7 @@ class EventReader:
         response = event["response"]
         self._finish = _finish(response, calls=bool(self._calls), refused=self._refused)
         self._usage = _usage(response.get("usage"))
-        output = response.get("output") or ()
+        output = response.get("output") or self._items  # some servers leave it out at the end
         if _worth_keeping(output):
             self._extra = {RESPONSES_OUTPUT: output}
         self.ended = True

@@ -403,7 +403,9 @@ def test_what_comes_whole_only_is_not_lost() -> None:
     response = aggregate(done(0, THOUGHT), done(1, MESSAGE), done(2, CALL), completed(THOUGHT, MESSAGE, CALL))
     assert (response.reasoning, response.content) == ("Hm.\n\nSo.", "hi")
     assert response.tool_calls == (ToolCall("c1", "f", '{"x": 1}'),)
-    assert aggregate(text_delta("hi"), done(0, MESSAGE), completed()).content == "hi"
+    assert response.extra == {RESPONSES_OUTPUT: [THOUGHT, MESSAGE, CALL]}
+    response = aggregate(text_delta("hi"), done(0, MESSAGE), done(1, THOUGHT), completed())
+    assert (response.content, response.extra) == ("hi", {RESPONSES_OUTPUT: [MESSAGE, THOUGHT]})
 
 
 def test_reasoning_refusals_and_logprobs_stream() -> None:
