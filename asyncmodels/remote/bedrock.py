@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any, NoReturn, Unpack, cast
+from typing import Any, Literal, NoReturn, Unpack, cast
 
 from aiobotocore.client import AioBaseClient
 
@@ -27,6 +27,7 @@ from asyncmodels.remote.converse import (
     request_params,
 )
 from asyncmodels.remote.converse_answer import EventReader, response_from
+from asyncmodels.remote.options import checked_conversions, require_model_id
 from asyncmodels.request import Parameters
 from asyncmodels.stopping import StopMatcher, cut
 from asyncmodels.stream import Stream
@@ -76,16 +77,13 @@ class BedrockModel(Model):
         flatten_messages_as_text: bool = False,
         *,
         api_key: str | None = None,
-        max_concurrency: int | None = None,
+        max_concurrency: int | Literal["auto"] | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
         structured_output: StructuredOutput = "auto",
         **parameters: Unpack[ConverseParameters],
     ) -> None:
-        if not isinstance(model_id, str) or not model_id:
-            raise ConfigurationError("BedrockModel needs a model_id such as 'us.amazon.nova-pro-v1:0'.")
-        if not isinstance(custom_role_conversions, Mapping | None):
-            raise ConfigurationError("custom_role_conversions must be a dict of roles.")
+        require_model_id("BedrockModel", model_id, "us.amazon.nova-pro-v1:0")
         if structured_output not in ("auto", "native", "tool"):
             raise ConfigurationError(f"structured_output is 'auto', 'native' or 'tool', not {structured_output!r}.")
         if client is not None:
@@ -98,7 +96,7 @@ class BedrockModel(Model):
         settings, defaults = _split(parameters)
         dialect = Dialect(
             settings=settings,
-            role_conversions=dict(custom_role_conversions or {}),
+            role_conversions=checked_conversions(custom_role_conversions),
             flatten_messages=flatten_messages_as_text,
             structured_output=structured_output,
         )

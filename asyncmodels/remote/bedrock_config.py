@@ -58,7 +58,7 @@ def own_client(client: Any, client_kwargs: object, api_key: object) -> AioBaseCl
     return client
 
 
-def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max_concurrency: int | None) -> Configured:
+def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max_concurrency: object) -> Configured:
     """Raises ConfigurationError for values that would fail later, and elsewhere."""
     if not isinstance(client_kwargs, Mapping | None):
         raise ConfigurationError(f"client_kwargs must be a dict, not {type(client_kwargs).__name__}.")
@@ -83,9 +83,10 @@ def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max
         ours["signature_version"] = "bearer"
     elif explicit:
         ours["signature_version"] = "v4"  # else AWS_BEARER_TOKEN_BEDROCK would beat what the program says
-    last = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+    last: dict[str, Any] = {"retries": {"mode": "standard", "total_max_attempts": 1}}
     if limit is not None:
-        last["max_pool_connections"] = max(limit, max_concurrency or 0)
+        number = limit if max_concurrency is None else max_concurrency
+        last["max_pool_connections"] = max(limit, number) if isinstance(number, int) else _NO_LIMIT
     config = _merged(ours, theirs, last)
     settings = Settings(
         options=options,

@@ -199,6 +199,7 @@ async def test_where_the_region_comes_from(
         ({"structured_output": "xml"}, "structured_output"),
         ({"inferenceConfig": {"maxTokens": 5}, "max_tokens": 6}, "given twice"),
         ({"policies": (), "max_concurrency": 5}, "policies replaces"),
+        ({"max_concurrency": "many", "client_kwargs": {"config": Config(max_pool_connections=5)}}, "many"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
