@@ -1,6 +1,8 @@
 """smolagents on any model of ours: ``SmolagentsModel(model)`` is a ``smolagents.Model``.
 
-Importing this module registers the class with smolagents, so that agents that were saved with it can be loaded.
+Importing this module registers the class with smolagents, so that agents that were saved with it can be loaded. The
+``app.py`` that smolagents writes beside a saved agent imports every model class from smolagents itself; for this one
+its import line must be changed to this module.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import smolagents
+from PIL import Image
 from smolagents import CodeAgent, ToolCallingAgent, tool
 from smolagents.models import ChatMessageStreamDelta
 
@@ -131,6 +132,16 @@ def test_calls_may_be_written_as_text(server: Server, make: Make, stream: bool) 
     requests = [request.json() for request in place.seen().requests]
     assert "does not contain any JSON blob" in requests[1]["messages"][-1]["content"]
     assert requests[2]["messages"][-1]["content"].endswith("Observation:\n6\n8")
+
+
+def test_an_agent_shows_its_pictures(server: Server, make: Make) -> None:
+    """The images of a task reach the provider as data URLs, beside its text."""
+    place = server.script(Answer(content=code("final_answer('red')")))
+    agent = CodeAgent([], make(place), **QUIET)
+    assert agent.run("Which colour?", images=[Image.new("RGB", (2, 2), "red")]) == "red"
+    text, image = place.seen().requests[0].json()["messages"][1]["content"]
+    assert text == {"type": "text", "text": "New task:\nWhich colour?"}
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
 
 
 def test_structured_outputs(server: Server, make: Make) -> None:
