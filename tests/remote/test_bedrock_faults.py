@@ -597,7 +597,7 @@ async def test_cancelling_many_in_all_phases_leaves_nothing(server: Server) -> N
 async def test_closing_the_model_ends_what_is_in_flight(server: Server) -> None:
     """It is ClosedError for whoever waits, and for whoever comes later."""
     place = server.script(Answer(fault="hang"))
-    model = model_at(place.url)
+    model = model_at(place.url, policies=())
     task = asyncio.create_task(model.generate("x"))
     await place.until(in_progress=1)
     await model.aclose()
