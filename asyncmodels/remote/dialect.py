@@ -23,6 +23,8 @@ class Dialect:
     seed_field: str = "seed"
     reasoning_field: str | None = None
     """Where an assistant's turn that called tools has its reasoning, for endpoints that want it back."""
+    reasoning_details: bool = True
+    """Whether messages may hold OpenRouter's ``reasoning_details``."""
     stream_options: bool = True
     """Whether a stream is asked for its usage."""
     json_schema: bool = True
@@ -40,6 +42,7 @@ class Dialect:
             max_stops=0 if quirks.stop is False else 4 if quirks.max_stops is None else quirks.max_stops,
             seed_field=quirks.seed_field or "seed",
             reasoning_field=quirks.reasoning_field,
+            reasoning_details=quirks.reasoning_details is not False,
             stream_options=quirks.stream_options is not False,
             json_schema=quirks.json_schema is not False,
             json_object=quirks.json_object is not False,

@@ -80,7 +80,7 @@ def known_quirks(provider: Provider | None, model_id: str, own: Quirks | None) -
 
 # -- the rows ---------------------------------------------------------------------------------------------------------
 
-_NO_EXTRAS = Quirks(top_k=False, min_p=False)
+_NO_EXTRAS = Quirks(top_k=False, min_p=False, reasoning_details=False)
 _NO_PENALTIES = Quirks(frequency_penalty=False, presence_penalty=False)
 _LOCAL = Quirks(system_role="system", max_stops=64)  # chat templates know of no developer, and there is no limit
 

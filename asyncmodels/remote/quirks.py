@@ -34,6 +34,8 @@ class Quirks:
     """The role that messages of role system and developer are sent with; None sends each as it was written."""
     reasoning_field: str | None = None
     """The field in which an assistant's turn that called tools wants its reasoning back; None sends none."""
+    reasoning_details: bool | None = None
+    """Whether messages may hold the ``reasoning_details`` that OpenRouter wants back; False leaves them out."""
     max_stops: int | None = None
     """How many stop sequences the server takes (4); all of them are cut from the answer here in any case."""
     stop: bool | None = None

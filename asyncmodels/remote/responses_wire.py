@@ -133,9 +133,15 @@ def _items(message: Message, where: str) -> Iterator[dict[str, Any]]:
         yield {"role": message.role, "content": parts, **message.extra}
 
 
+# What other backends of ours want back with a turn: a conversation that moves to another provider leaves it behind.
+_OTHERS = ("reasoning_details", "blocks")
+
+
 def _turn(message: Message, where: str) -> Iterator[dict[str, Any]]:
     extra = dict(message.extra)
     output = extra.pop(RESPONSES_OUTPUT, None)
+    for name in _OTHERS:
+        extra.pop(name, None)
     if output is not None and not extra and _same(message, output):
         yield from output
         return

@@ -44,6 +44,8 @@ __all__ = ["RESPONSES_OUTPUT", "ChunkReader", "Dialect", "body_with_extra", "req
 
 RESPONSES_OUTPUT = "responses_output"
 """The key of ``Message.extra`` that belongs to the Responses API and means nothing to chat completions."""
+# What other backends of ours want back with a turn: a conversation that moves to another provider leaves it behind.
+_OTHERS = (RESPONSES_OUTPUT, "blocks")
 
 
 # -- out --------------------------------------------------------------------------------------------------------------
@@ -69,6 +71,9 @@ def request_body(request: Request, model_id: str, dialect: Dialect, *, stream: b
         body["top_p"] = request.top_p
     if request.stop_sequences and dialect.max_stops:
         body["stop"] = list(request.stop_sequences[: dialect.max_stops])
+    if not dialect.reasoning_details:
+        for message in body["messages"]:
+            message.pop("reasoning_details", None)
     if dialect.reasoning_field is not None:
         _add_reasoning(body["messages"], messages, dialect.reasoning_field)
     _add_rare(body, request, dialect)
@@ -150,7 +155,7 @@ def _message(message: Message) -> dict[str, Any]:
                 "id": call.id,
                 "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments},
-                **(call.extra or {}),
+                **(_own(call.extra) if call.extra else {}),
             }
             for call in message.tool_calls
         ]
@@ -159,9 +164,12 @@ def _message(message: Message) -> dict[str, Any]:
     if message.name is not None:
         body["name"] = message.name
     if message.extra:
-        body.update(message.extra)
-        body.pop(RESPONSES_OUTPUT, None)
+        body.update(_own(message.extra))
     return body
+
+
+def _own(extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in extra.items() if name not in _OTHERS}
 
 
 def _part(part: Part) -> dict[str, Any]:

@@ -433,6 +433,16 @@ async def test_reasoning_goes_back_with_the_calls_it_led_to(name: str) -> None:
     assert [message.get("reasoning_content") for message in body["messages"]] == [None, "hm", None, None, None]
 
 
+@pytest.mark.parametrize(("name", "kept"), [("openrouter:m", True), ("vllm-server:m", True), ("openai:m", False)])
+async def test_openrouters_details_go_to_openrouter(name: str, kept: bool) -> None:
+    """A conversation that moves on to OpenAI leaves them behind, because OpenAI refuses what it does not know."""
+    turn = {"role": "assistant", "content": "a", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}
+    body = await sent(
+        name, {"role": "user", "content": "x"}, turn, {"role": "user", "content": "y"}, api_base=OPENAI_URL
+    )
+    assert ("reasoning_details" in body["messages"][1]) is kept
+
+
 async def test_roles_can_be_settled_by_quirks() -> None:
     """The caller's own conversions come before those of a row."""
     messages = ({"role": "system", "content": "a"}, {"role": "user", "content": "b"})

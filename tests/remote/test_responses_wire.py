@@ -331,6 +331,15 @@ def test_a_turn_that_was_changed_is_what_it_was_changed_to() -> None:
     assert body_of(messages=(without_calls,))["input"] == [{"role": "assistant", "content": "hi"}]
 
 
+def test_what_other_providers_wanted_back_is_left_behind() -> None:
+    """A conversation may come from elsewhere."""
+    extra: dict[str, Any] = {"reasoning_details": [{}], "blocks": [{}]}
+    turn = Message("assistant", None, tool_calls=(ToolCall("c1", "f", extra={"blocks": []}),), extra=extra)
+    assert body_of(messages=(turn,))["input"] == [
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    ]
+
+
 def test_chat_completions_do_not_get_the_items() -> None:
     """A conversation that moves to a chat endpoint leaves them behind."""
     messages = as_messages([read(whole(THOUGHT, MESSAGE))])

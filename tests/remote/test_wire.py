@@ -489,3 +489,21 @@ def test_there_is_no_choice_without_tools() -> None:
     assert body_of(tool_choice="none", tools=(Tool("f"),))["tool_choice"] == "none"
     own = [{"type": "custom", "custom": {"name": "f"}}]
     assert body_of(tool_choice="auto", extra={"tools": own})["tool_choice"] == "auto"
+
+
+def test_a_conversation_leaves_behind_what_another_provider_wanted_back() -> None:
+    """OpenAI refuses fields that it does not know; OpenRouter's stay for those who may be OpenRouter."""
+    blocks: dict[str, Any] = {"blocks": [{"reasoningContent": {}}]}
+    turn = Message(
+        "assistant",
+        "a",
+        tool_calls=(ToolCall("c1", "f", extra=blocks),),
+        extra={"reasoning_details": [{"type": "reasoning.text"}], "responses_output": [], **blocks},
+    )
+    [kept] = body_of(messages=(turn,))["messages"]
+    assert kept.keys() == {"role", "content", "tool_calls", "reasoning_details"}
+    assert kept["tool_calls"][0].keys() == {"id", "type", "function"}
+    openai = Dialect.of(Quirks(reasoning_details=False), role_conversions={})
+    [strict] = body_of(openai, messages=(turn,))["messages"]
+    assert strict.keys() == {"role", "content", "tool_calls"}
+    assert turn.extra["reasoning_details"]
