@@ -96,6 +96,7 @@ def test_schemes_are_sorted_and_described() -> None:
     ("name", "package", "extra"),
     [
         ("openai:gpt-5", "openai", "openai"),
+        ("groq:llama-3.3-70b-versatile", "openai", "openai"),
         ("transformers:some/model", "torch", "transformers"),
         ("transformers:some/model", "transformers", "transformers"),
         ("smollm", "torch", "smollm"),
