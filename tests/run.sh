@@ -40,10 +40,16 @@ install() {
     if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
         "$venv/bin/python" -m pip install --quiet "torch==2.13.0"
     fi
-    "$venv/bin/python" -m pip install --quiet --editable ".[openai,smollm,images]" --group test
+    # The newest litellm that there is beside openai 3 and huggingface_hub 2; named, or pip tries all that came after it.
+    "$venv/bin/python" -m pip install --quiet --editable ".[openai,huggingface,bedrock,litellm,smollm,images]" \
+        --group test "huggingface_hub>=2" "litellm==1.83.0"
     # Some tests hand smolagents' own objects over. Its import needs python-dotenv; the rest of what it asks for is here.
     "$venv/bin/python" -m pip install --quiet python-dotenv
     "$venv/bin/python" -m pip install --quiet --no-deps "smolagents>=1.26,<2"
+    # What cannot live beside those: the newest litellm, with an older huggingface_hub, and aiobotocore without aioboto3.
+    "$python" -m venv "$venv/apart"
+    "$venv/apart/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
+    "$venv/apart/bin/python" -m pip install --quiet --editable ".[litellm]" --group test "aiobotocore>=3.10" "litellm>=1.84"
 }
 
 # The lock is the shell's own file descriptor; macOS has flock(2) but no flock command.
@@ -60,7 +66,7 @@ if [ ! -e "$venv/.complete" ]; then
     install
     # The editable install leaves the metadata and the command; the code must come from the checkout that is tested,
     # not from the one that installed first, so its path goes.
-    rm -f "$venv"/lib/python*/site-packages/*asyncmodels*.pth
+    rm -f "$venv"/lib/python*/site-packages/*asyncmodels*.pth "$venv"/apart/lib/python*/site-packages/*asyncmodels*.pth
     say "installed in $((SECONDS - started)) s"
 fi
 touch "$venv/.complete"
@@ -88,4 +94,8 @@ say "pytest, without weights"
 "$venv/bin/python" -m pytest -m "not model and not gpu" -n "$((cores < 8 ? cores : 8))" --dist worksteal || failed=$?
 say "pytest, with weights"
 "$venv/bin/python" -m pytest -m "model or gpu" || failed=$?
+say "pytest, apart: the newest litellm, an older huggingface_hub, bare aiobotocore"
+"$venv/apart/bin/python" -m pytest -n "$((cores < 8 ? cores : 8))" --dist worksteal \
+    tests/remote/test_{litellm,bedrock,converse,huggingface}*.py tests/examples/test_litellm.py \
+    tests/contract -k "not test_contract or litellm or bedrock or huggingface" || failed=$?
 exit "$failed"
