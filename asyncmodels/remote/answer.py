@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
 
 import httpx2
 import orjson
 
 from asyncmodels.errors import AsyncModelsError, InvalidResponseError, StreamError, TruncatedResponseError
+from asyncmodels.remote.logprob_gate import LogprobGate
 from asyncmodels.remote.pool import body_of, read_body
 from asyncmodels.remote.sse import ServerSentEvent, SSEDecoder
 from asyncmodels.remote.status import error_from_body, request_id_of
 from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
-from asyncmodels.types import Delta, Request, Response, Timing, TokenLogprob, evolve
+from asyncmodels.types import Delta, Request, Response, Timing, evolve
 
 __all__ = ["Read", "Reader", "deltas_of", "one_delta_of", "response_of", "without"]
 
@@ -61,7 +61,7 @@ def response_of(answer: httpx2.Response, request: Request, started: float, read:
         # Not every server honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
         if stop is not None:
-            logprobs = None if response.logprobs is None else tuple(_LogprobGate(response.logprobs).until(len(text)))
+            logprobs = None if response.logprobs is None else tuple(LogprobGate(response.logprobs).until(len(text)))
             # What the provider wants back is the whole of what it wrote, which this no longer is.
             return evolve(response, content=text, finish_reason="stop", logprobs=logprobs, extra=None)
     return response
@@ -84,7 +84,7 @@ async def deltas_of(
     """The Deltas of a stream of server-sent events; raises TruncatedResponseError when it is cut off."""
     decoder, reader = SSEDecoder(), ChunkReader() if reader is None else reader
     matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
-    gate = _LogprobGate()
+    gate = LogprobGate()
     first_token: float | None = None
     pieces = body_of(answer)
     ended = False
@@ -107,7 +107,16 @@ async def deltas_of(
                     shown = gate.push(delta.logprobs, len(text))
                     if matcher.matched:
                         timing = Timing(first_token=first_token, service=time.perf_counter() - started)
-                        yield evolve(reader.last(content=text, stopped=True, timing=timing), logprobs=shown)
+                        last = reader.last(content=text, stopped=True, timing=timing)
+                        # Beside the text in which the stop is found there may be more, such as who answers.
+                        yield evolve(
+                            last,
+                            logprobs=shown,
+                            reasoning=delta.reasoning,
+                            tool_calls=delta.tool_calls,
+                            model=delta.model or last.model,
+                            id=delta.id or last.id,
+                        )
                         return
                     delta = evolve(delta, content=text, logprobs=shown)
                 yield delta
@@ -121,31 +130,6 @@ async def deltas_of(
     last = reader.last(content=matcher.flush() if matcher is not None else "", timing=timing)
     yield evolve(last, logprobs=gate.rest())
     await _drain(pieces)
-
-
-class _LogprobGate:
-    """Holds log-probabilities back as long as the text of their tokens is held back; those of a stop never come."""
-
-    def __init__(self, waiting: tuple[TokenLogprob, ...] = ()) -> None:
-        self._waiting = deque(waiting)
-        self._begin = 0
-        self._shown = 0
-
-    def push(self, logprobs: tuple[TokenLogprob, ...], shown: int) -> tuple[TokenLogprob, ...]:
-        """What belongs to the text after ``shown`` more characters of it went out."""
-        self._waiting.extend(logprobs)
-        self._shown += shown
-        return tuple(self.until(self._shown))
-
-    def until(self, end: int) -> Iterator[TokenLogprob]:
-        """The entries of tokens that begin before character ``end``."""
-        while self._waiting and self._begin < end:
-            entry = self._waiting.popleft()
-            self._begin += len(entry.token)
-            yield entry
-
-    def rest(self) -> tuple[TokenLogprob, ...]:
-        return tuple(self._waiting)
 
 
 def _delta(event: ServerSentEvent, reader: Reader) -> Delta | None:

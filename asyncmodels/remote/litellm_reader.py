@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from asyncmodels.errors import InvalidResponseError, TruncatedResponseError
-from asyncmodels.remote.answer import _LogprobGate
+from asyncmodels.remote.logprob_gate import LogprobGate
 from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
 from asyncmodels.types import Delta, Request, Response, Timing, evolve
@@ -35,7 +35,7 @@ def response_from_litellm(answer: Any, request: Request, started: float) -> Resp
         # Not every provider honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
         if stop is not None:
-            logprobs = None if response.logprobs is None else tuple(_LogprobGate(response.logprobs).until(len(text)))
+            logprobs = None if response.logprobs is None else tuple(LogprobGate(response.logprobs).until(len(text)))
             return evolve(response, content=text, finish_reason="stop", logprobs=logprobs)
     return response
 
@@ -45,7 +45,7 @@ async def deltas_from(stream: Any, request: Request, started: float) -> AsyncGen
     source, reader = _source(stream), ChunkReader()
     named = _Named.under(source)
     matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
-    gate = _LogprobGate()
+    gate = LogprobGate()
     first_token: float | None = None
     usage: Any = None
     async for chunk in stream:

@@ -232,6 +232,20 @@ async def test_stops_are_cut_where_the_server_ignores_them(server: Server, piece
     assert place.seen().requests[0].json()["stop"] == ["near", "END"]
 
 
+async def test_what_comes_beside_a_stop_is_not_lost(server: Server) -> None:
+    """A piece may hold the stop and, beside it, who answers, what was thought and which tool is called."""
+    call = {"index": 0, "id": "c1", "function": {"name": "look", "arguments": "{}"}}
+    delta = {"content": "seen END unseen", "reasoning_content": "hm", "tool_calls": [call]}
+    piece = {"id": "answer-1", "model": "m-2", "choices": [{"index": 0, "delta": delta}]}
+    place = server.script(Answer(events=[json.dumps(piece)]))
+    model = OpenAIModel("m", api_base=f"{place.url}/v1", api_key="k")
+    async with model, model.stream("Hello", stop_sequences=["END"]) as stream:
+        response = await stream.response()
+    assert (response.content, response.reasoning, response.finish_reason) == ("seen ", "hm", "stop")
+    assert (response.id, response.model) == ("answer-1", "m-2")
+    assert [call.name for call in response.tool_calls] == ["look"]
+
+
 async def test_what_might_begin_a_stop_is_not_lost(server: Server) -> None:
     """Text held back comes out when the stream ends without the stop."""
     place = server.script(Answer(content="The EN", pieces=["The ", "E", "N"]))
