@@ -1,67 +1,149 @@
-"""At most so many calls at once; the others wait in line: highest priority first, then first come first served."""
+"""At most so many calls at once, a number that is given or found out; the others wait in line, fairly."""
 
 from __future__ import annotations
 
 import asyncio
-import heapq
-import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
+from typing import Literal
 
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
-from asyncmodels.errors import ConfigurationError
-from asyncmodels.types import Delta, Request, Response, Timing, evolve
+from asyncmodels.errors import (
+    AttemptTimeoutError,
+    ConfigurationError,
+    IdleTimeoutError,
+    OverloadedError,
+    QuotaExceededError,
+    RateLimitError,
+    ReadTimeoutError,
+    ServerTimeoutError,
+)
+from asyncmodels.policies.adaptive import AdaptiveLimit, LimitChange
+from asyncmodels.policies.slots import Slots
+from asyncmodels.types import Delta, Request, Response, Timing, Usage, evolve
 
-__all__ = ["Concurrency", "ConcurrencyStatistics"]
+__all__ = ["Concurrency", "ConcurrencyStatistics", "LimitChange"]
+
+PARKED_MOST = 300.0
+"""Seconds. A server that asks to wait for longer is not waited for; the error tells its caller."""
+START, MAXIMUM = 8, 1000
+"""Where ``"auto"`` begins, and how far it goes, unless told otherwise."""
+
+_TIMEOUTS = (ServerTimeoutError, AttemptTimeoutError, IdleTimeoutError, ReadTimeoutError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConcurrencyStatistics:
-    """``running`` calls hold a slot, ``waiting`` ones wait for one, ``completed`` ones have given theirs back."""
+    """``running`` calls hold a slot, ``waiting`` ones wait for one, ``completed`` ones have given theirs back.
+
+    For ``parked`` seconds more nobody is let in. ``adaptive`` says whether the limit moves by itself; where it does,
+    ``refused`` calls were sent away by the server, and ``history`` has the latest changes of the limit, the oldest
+    first, with times in seconds since 1970.
+    """
 
     limit: int
     running: int
     waiting: int
     completed: int
+    parked: float = 0.0
+    adaptive: bool = False
+    refused: int = 0
+    history: tuple[LimitChange, ...] = ()
 
 
 class Concurrency(Policy):
     """Lets at most ``limit`` calls at once through to ``backend``.
 
-    Callers that find no free slot wait: higher ``Request.priority`` first, in order of arrival within one priority. A
-    stream holds its slot until its context manager is left. What a caller waited is added to ``timing.queued`` of its
-    response, in seconds.
+    Callers that find no free slot wait: the highest ``Request.priority`` first; within one priority the ``agent`` with
+    the fewest calls inside, so that agents are equals however much each asks for; within one agent in order of arrival.
+    A stream holds its slot until its context manager is left. What a caller waited is added to ``timing.queued`` of
+    its response, in seconds.
 
-    ``limit`` may be changed at any time. Raising it lets waiting callers in at once; lowering it takes no slot away
-    from a running call, but none is handed on until few enough are left.
+    ``limit="auto"`` finds the limit out, between ``minimum`` and ``maximum``, from ``start`` on. It grows while callers
+    wait and the server keeps up, falls when the server refuses (429, 503, 529) or calls take longer than more of them
+    at once are worth, and looks again and again whether that has changed; ``asyncmodels.policies.adaptive`` says how.
+    A call counts with the time for which it held its slot: for a stream with the whole of it, from being entered to
+    being left, because that is what its place in the server's batch, and here, costs.
+
+    With ``park`` a refusal that names a time (Retry-After, up to five minutes) holds back everybody until then, instead
+    of letting each caller find out for himself. It is on for ``"auto"`` and off for a number unless told otherwise.
+
+    ``limit`` may be set at any time. Raising it lets waiting callers in at once; lowering it takes no slot away
+    from a running call, but none is handed on until few enough are left. A number holds until it is replaced; with
+    ``"auto"`` the limit moves, from where it is, by itself (again).
 
     The limit holds over all event loops and threads that use the policy together.
     """
 
-    def __init__(self, backend: Backend, limit: int, *, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        limit: int | Literal["auto"],
+        *,
+        start: int = START,
+        minimum: int = 1,
+        maximum: int = MAXIMUM,
+        park: bool | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
         super().__init__(backend)
-        self._slots = Slots(limit)
+        adaptive = limit == "auto"
+        if not 1 <= _checked(minimum, "minimum") <= _checked(maximum, "maximum"):
+            raise ConfigurationError("The minimum of Concurrency must not be above its maximum.")
         self._clock = clock
+        self._bounds = minimum, maximum
+        self._park = adaptive if park is None else park
+        # Times are kept on the clock that never goes back, and told as dates.
+        self._epoch = clock.wall_time() - clock.time()
+        self._controller: AdaptiveLimit | None = None
+        if adaptive:
+            first = min(max(_checked(start, "start"), minimum), maximum)
+            self._slots = Slots(first, clock)
+            self._controller = AdaptiveLimit(start=first, minimum=minimum, maximum=maximum, now=clock.time())
+        else:
+            self._slots = Slots(_checked(limit, "limit", auto=True), clock)
+        self._adaptive = adaptive
 
     @property
     def limit(self) -> int:
-        """How many calls may be inside at once. Setting it to less than 1 is a ConfigurationError."""
+        """How many calls may be inside at once, just now. It is set to a whole number of at least 1 or to ``"auto"``;
+        anything else is a ConfigurationError."""
         return self._slots.limit
 
     @limit.setter
-    def limit(self, limit: int) -> None:
-        self._slots.resize(limit)
+    def limit(self, limit: int | Literal["auto"]) -> None:
+        if limit != "auto":
+            self._slots.resize(_checked(limit, "limit", auto=True))
+            self._adaptive = False
+            return
+        now, minimum, maximum = self._clock.time(), *self._bounds
+        if self._controller is None:
+            self._controller = AdaptiveLimit(start=self.limit, minimum=minimum, maximum=maximum, now=now)
+        elif not self._adaptive:
+            self._controller.resume(now, self.limit)
+        self._slots.resize(self._controller.limit)
+        self._adaptive = True
 
     async def generate(self, request: Request, /) -> Response:
         slots = self._slots
-        waited = 0.0 if slots.acquire_nowait() else await self._wait(request.priority)
+        waited = 0.0
+        level = slots.acquire_nowait(request.agent)
+        if not level:
+            level, waited = await self._wait(request)
+        started = self._clock.time() if self._adaptive else None
         try:
             response = await self.backend.generate(request)
-        finally:
-            slots.release()
+        except BaseException as error:
+            self._failed(error, request, started, level)
+            raise
+        if started is None:
+            slots.release(request.agent)
+        else:
+            self._ended(request, started, level, _kind(response.usage, request.max_tokens or 0, streamed=False))
         if waited:
             response = evolve(response, timing=_queued_longer(response.timing, waited))
         return response
@@ -70,22 +152,81 @@ class Concurrency(Policy):
         return _GatedStream(self, request)
 
     def statistics(self) -> ConcurrencyStatistics:
-        return self._slots.statistics()
+        slots, controller = self._slots, self._controller
+        with slots.lock:
+            return ConcurrencyStatistics(
+                limit=slots.limit,
+                running=slots.running,
+                waiting=slots.waiting,
+                completed=slots.completed,
+                parked=slots.parked(),
+                adaptive=self._adaptive,
+                refused=0 if controller is None else controller.refused_calls,
+                history=() if controller is None else tuple(self._dated(change) for change in controller.history),
+            )
 
     def __repr__(self) -> str:
         now = self.statistics()
-        return f"<Concurrency [{now.running} of {now.limit} running, {now.waiting} waiting]>"
+        limit = f"{now.limit} (auto)" if now.adaptive else f"{now.limit}"
+        parked = f", parked for {now.parked:.3g} s" if now.parked else ""
+        return f"<Concurrency [{now.running} of {limit} running, {now.waiting} waiting{parked}]>"
 
-    async def _wait(self, priority: int) -> float:
-        """Waits for a slot; it is the caller's when this returns the seconds that it took."""
+    async def _wait(self, request: Request) -> tuple[int, float]:
+        """Waits for a slot; it is the caller's when this returns how many are taken then, and the seconds it took."""
         started = self._clock.time()
-        waiter = self._slots.park(priority)
+        waiter = self._slots.join(request.priority, request.agent)
         try:
             await waiter.future
+        except GeneratorExit:
+            self._slots.later(partial(self._slots.leave, waiter))
+            raise
         except BaseException:
             self._slots.leave(waiter)
             raise
-        return self._clock.time() - started
+        return waiter.level, self._clock.time() - started
+
+    # A call gives its slot back in one of these two.
+
+    def _ended(self, request: Request, started: float, level: int, kind: int | None, *, answered: bool = True) -> None:
+        controller = self._controller
+        if controller is None or not self._adaptive:
+            self._slots.release(request.agent)
+            return
+        now = self._clock.time()
+
+        def learn(running: int) -> int:
+            controller.ended(now, started=started, level=level, running=running, kind=kind, answered=answered)
+            return controller.limit
+
+        self._slots.release(request.agent, learn)
+
+    def _failed(self, error: BaseException, request: Request, started: float | None, level: int) -> None:
+        slots, controller = self._slots, self._controller
+        if isinstance(error, GeneratorExit):
+            slots.later(partial(slots.release, request.agent))
+        elif isinstance(error, RateLimitError | OverloadedError) and not isinstance(error, QuotaExceededError):
+            now = self._clock.time()
+            pause = error.retry_after or 0.0
+            if not (self._park and 0 < pause <= PARKED_MOST):
+                pause = 0.0
+            else:
+                slots.park(now + pause)
+            if controller is None or started is None or not self._adaptive:
+                slots.release(request.agent)
+                return
+
+            def learn(running: int) -> int:
+                controller.refused(now, started=started, running=running, pause=pause)
+                return controller.limit
+
+            slots.release(request.agent, learn)
+        elif isinstance(error, _TIMEOUTS) and started is not None:
+            self._ended(request, started, level, None, answered=False)
+        else:
+            slots.release(request.agent)
+
+    def _dated(self, change: LimitChange) -> LimitChange:
+        return replace(change, at=change.at + self._epoch)
 
 
 class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
@@ -94,16 +235,24 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
     def __init__(self, policy: Concurrency, request: Request) -> None:
         self._policy = policy
         self._request = request
+        self._watched: _WatchedDeltas | None = None
 
     async def __aenter__(self) -> AsyncIterator[Delta]:
         policy, request = self._policy, self._request
-        waited = 0.0 if policy._slots.acquire_nowait() else await policy._wait(request.priority)
+        waited = 0.0
+        level = policy._slots.acquire_nowait(request.agent)
+        if not level:
+            level, waited = await policy._wait(request)
+        started = policy._clock.time() if policy._adaptive else None
         try:
             self._inner = policy.backend.stream(request)
             deltas = await self._inner.__aenter__()
-        except BaseException:
-            policy._slots.release()
+        except BaseException as error:
+            policy._failed(error, request, started, level)
             raise
+        if started is not None:
+            self._started, self._level = started, level
+            deltas = self._watched = _WatchedDeltas(deltas)
         return _QueuedDeltas(deltas, waited) if waited else deltas
 
     async def __aexit__(
@@ -112,7 +261,53 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         try:
             return await self._inner.__aexit__(kind, error, traceback)
         finally:
-            self._policy._slots.release()
+            self._give_back(error)
+
+    def _give_back(self, error: BaseException | None) -> None:
+        policy, request, watched = self._policy, self._request, self._watched
+        if watched is None:
+            if isinstance(error, GeneratorExit):
+                policy._failed(error, request, None, 0)
+            else:
+                policy._slots.release(request.agent)
+            return
+        # What the caller raised himself says nothing about the server; what the stream raised does.
+        failure, watched.failure = watched.failure, None
+        if failure is None and isinstance(error, GeneratorExit | asyncio.CancelledError):
+            failure = error
+        try:
+            if failure is not None:
+                policy._failed(failure, request, self._started, self._level)
+            else:
+                kind = _kind(watched.usage, watched.count, streamed=True)
+                policy._ended(request, self._started, self._level, kind)
+        finally:
+            del failure
+
+
+class _WatchedDeltas(AsyncIterator[Delta]):
+    """The deltas of a stream, and what they tell about it."""
+
+    __slots__ = ("_next", "count", "failure", "usage")
+
+    def __init__(self, deltas: AsyncIterator[Delta]) -> None:
+        self._next = deltas.__anext__
+        self.count = 0
+        self.usage: Usage | None = None
+        self.failure: BaseException | None = None
+
+    async def __anext__(self) -> Delta:
+        try:
+            delta = await self._next()
+        except StopAsyncIteration:
+            raise
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.count += 1
+        if delta.usage is not None:
+            self.usage = delta.usage
+        return delta
 
 
 class _QueuedDeltas(AsyncIterator[Delta]):
@@ -137,138 +332,16 @@ def _queued_longer(timing: Timing, seconds: float) -> Timing:
     return evolve(timing, queued=timing.queued + seconds)
 
 
-# -- who is in, who waits ---------------------------------------------------------------------------------------------
+def _kind(usage: Usage | None, size: int, *, streamed: bool) -> int:
+    """Which calls may be expected to take as long: those of about as many tokens, or else of about this ``size``."""
+    magnitude = (64 + size.bit_length()) if usage is None else usage.output_tokens.bit_length()
+    return 2 * magnitude + streamed
 
 
-class Waiter:
-    """One caller in line. Its future belongs to its own event loop and is only ever resolved there."""
-
-    __slots__ = ("future", "gone", "granted", "loop")
-
-    def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[None] = self.loop.create_future()
-        self.granted = False
-        self.gone = False
-
-    def wake(self) -> bool:
-        """Tells the caller that it has a slot. False when its loop is closed, so that nobody can hear it."""
-        if asyncio._get_running_loop() is self.loop:
-            self._resolve()
-            return True
-        try:
-            self.loop.call_soon_threadsafe(self._resolve)
-        except RuntimeError:
-            return False
-        return True
-
-    def _resolve(self) -> None:
-        if not self.future.done():
-            self.future.set_result(None)
-
-
-class Slots:
-    """The decisions, all of them synchronous; whoever calls them does the waiting.
-
-    A slot that is given back while somebody waits is handed on without ever being free, so nobody can slip in between:
-    as long as somebody waits, ``running >= limit``. All state is guarded by one lock; futures are woken outside of it.
-    """
-
-    def __init__(self, limit: int) -> None:
-        # Re-entrant, because a call abandoned on a dead loop gives its slot back from the garbage collector, which may
-        # run in the middle of anything.
-        self._lock = threading.RLock()
-        self.limit = _checked(limit)
-        self._running = 0
-        self._completed = 0
-        self._arrivals = 0
-        self._waiting = 0
-        self._line: list[tuple[int, int, Waiter]] = []
-
-    def acquire_nowait(self) -> bool:
-        """Takes a slot if one is free."""
-        with self._lock:
-            if self._running < self.limit:
-                self._running += 1
-                return True
-            return False
-
-    def park(self, priority: int) -> Waiter:
-        """Puts the caller in line (it may get a slot right away, if one came free meanwhile)."""
-        waiter = Waiter()
-        with self._lock:
-            heapq.heappush(self._line, (-priority, self._arrivals, waiter))
-            self._arrivals += 1
-            self._waiting += 1
-            granted = self._grant()
-        self._wake(granted)
-        return waiter
-
-    def leave(self, waiter: Waiter) -> None:
-        """Takes a caller that stopped waiting out of the line, and hands its slot on if it had just been given one."""
-        with self._lock:
-            if waiter.gone:
-                return
-            waiter.gone = True
-            if waiter.granted:
-                self._running -= 1
-            else:
-                self._waiting -= 1
-                self._tidy()
-            granted = self._grant()
-        self._wake(granted)
-
-    def release(self) -> None:
-        """Gives a slot back."""
-        with self._lock:
-            self._running -= 1
-            self._completed += 1
-            if not self._waiting:
-                return
-            granted = self._grant()
-        self._wake(granted)
-
-    def resize(self, limit: int) -> None:
-        with self._lock:
-            self.limit = _checked(limit)
-            granted = self._grant()
-        self._wake(granted)
-
-    def statistics(self) -> ConcurrencyStatistics:
-        with self._lock:
-            return ConcurrencyStatistics(
-                limit=self.limit, running=self._running, waiting=self._waiting, completed=self._completed
-            )
-
-    def _grant(self) -> list[Waiter]:
-        granted = []
-        while self._waiting and self._running < self.limit:
-            # Counted before it is looked up, so that a re-entrant release cannot give the same slot away.
-            self._waiting -= 1
-            self._running += 1
-            waiter = heapq.heappop(self._line)[2]
-            while waiter.gone:
-                waiter = heapq.heappop(self._line)[2]
-            waiter.granted = True
-            granted.append(waiter)
-        return granted
-
-    def _wake(self, granted: list[Waiter]) -> None:
-        for waiter in granted:
-            if not waiter.wake():
-                self.leave(waiter)
-
-    def _tidy(self) -> None:
-        # Callers that left stay in the heap until they come up; when they are the most of it, it is built anew, so
-        # that leaving costs O(log n) on average and a thousand cancelled callers leave nothing behind.
-        if not self._waiting:
-            self._line.clear()
-        elif len(self._line) > 2 * self._waiting + 16:
-            self._line = [entry for entry in self._line if not entry[2].gone]
-            heapq.heapify(self._line)
-
-
-def _checked(limit: int) -> int:
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise ConfigurationError(f"The limit of Concurrency must be a whole number of at least 1, not {limit!r}.")
-    return limit
+def _checked(number: object, name: str, *, auto: bool = False) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        otherwise = ', or "auto",' if auto else ""
+        raise ConfigurationError(
+            f"The {name} of Concurrency must be a whole number of at least 1{otherwise} not {number!r}."
+        )
+    return number

@@ -6,62 +6,21 @@ import asyncio
 import gc
 import math
 import threading
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import suppress
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from asyncmodels.backend import Backend, Capabilities
+from asyncmodels.clock import SYSTEM_CLOCK
 from asyncmodels.errors import ConfigurationError, RateLimitError, ServerError
-from asyncmodels.policies.concurrency import Concurrency, ConcurrencyStatistics, Slots
+from asyncmodels.policies.concurrency import Concurrency, ConcurrencyStatistics
 from asyncmodels.policies.retry import Retry
+from asyncmodels.policies.slots import Slots
 from asyncmodels.testing import Delay, FakeClock, ScriptedBackend
-from asyncmodels.types import Delta, Message, Request, Response, ResponseBuilder, Timing
-
-
-def ask(text: str = "Hi", priority: int = 0) -> Request:
-    return Request(messages=(Message("user", text),), priority=priority)
-
-
-class Rooms(Backend):
-    """A backend in which each call stays until it is told, by its text, to leave."""
-
-    capabilities = Capabilities()
-
-    def __init__(self) -> None:
-        self.inside: dict[str, asyncio.Future[Response]] = {}
-        self.entered: list[str] = []
-
-    async def generate(self, request: Request, /) -> Response:
-        text = request.messages[0].text
-        future: asyncio.Future[Response] = asyncio.get_running_loop().create_future()
-        self.inside[text] = future
-        self.entered.append(text)
-        try:
-            return await future
-        finally:
-            del self.inside[text]
-
-    def leave(self, text: str) -> None:
-        self.inside[text].set_result(Response(content=text, finish_reason="stop"))
-
-    def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
-        raise NotImplementedError
-
-    async def aclose(self) -> None: ...
-
-
-def start(policy: Concurrency, text: str, priority: int = 0) -> asyncio.Task[Response]:
-    return asyncio.create_task(policy.generate(ask(text, priority)))
-
-
-def state(policy: Concurrency) -> tuple[int, int, int]:
-    now = policy.statistics()
-    return now.running, now.waiting, now.completed
-
+from asyncmodels.types import Delta, Response, ResponseBuilder, Timing
+from tests.policies.rooms import Rooms, ask, start, state
 
 # -- the line ---------------------------------------------------------------------------------------------------------
 
@@ -161,15 +120,15 @@ async def test_a_slot_given_to_a_cancelled_caller_goes_on() -> None:
 
 async def test_a_slot_that_comes_free_just_before_the_wait_is_taken() -> None:
     """A caller that was refused gets the slot that another thread gives back before it is in line."""
-    slots = Slots(1)
+    slots = Slots(1, SYSTEM_CLOCK)
     assert slots.acquire_nowait()
     assert not slots.acquire_nowait()
 
     slots.release()
-    waiter = slots.park(0)
+    waiter = slots.join()
 
     assert waiter.future.done()
-    assert slots.statistics() == ConcurrencyStatistics(limit=1, running=1, waiting=0, completed=1)
+    assert (slots.running, slots.waiting, slots.completed) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -237,7 +196,7 @@ async def test_lowering_the_limit_takes_no_slot_away() -> None:
     await asyncio.gather(*tasks)
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "auto", None])
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True, "automatic", None])
 async def test_a_bad_limit_is_refused(limit: object) -> None:
     """A limit that is not a whole number of at least 1 is a ConfigurationError and changes nothing."""
     with pytest.raises(ConfigurationError):
@@ -422,41 +381,47 @@ def test_a_caller_on_a_closed_loop_is_skipped() -> None:
 
 
 class Anything(RuleBasedStateMachine):
-    """Callers come, leave, are cancelled and the limit changes, with the loop standing still in between or not."""
+    """Callers come, leave, are refused for a time and cancelled, and the limit changes, with the loop standing still in
+    between or not."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
+        self.clock = FakeClock()
         self.rooms = Rooms()
         self.tasks: dict[str, asyncio.Task[Response]] = {}
         self.count = 0
 
     @initialize(limit=st.integers(1, 4))
     def open(self, limit: int) -> None:
-        self.policy = Concurrency(self.rooms, limit)
+        self.policy = Concurrency(self.rooms, limit, park=True, clock=self.clock)
         self.most = limit
 
-    @rule(priority=st.integers(-1, 1))
-    def come(self, priority: int) -> None:
+    @rule(priority=st.integers(-1, 1), agent=st.sampled_from([None, "a", "b"]))
+    def come(self, priority: int, agent: str | None) -> None:
         name = str(self.count)
         self.count += 1
-        self.tasks[name] = self.loop.create_task(self.policy.generate(ask(name, priority)))
+        self.tasks[name] = self.loop.create_task(self.policy.generate(ask(name, priority, agent)))
 
     @rule(data=st.data())
     @precondition(lambda self: self.tasks)
     def cancel(self, data: st.DataObject) -> None:
         self.tasks[data.draw(st.sampled_from(sorted(self.tasks)))].cancel()
 
-    @rule(data=st.data(), well=st.booleans())
+    @rule(data=st.data(), error=st.sampled_from([None, ServerError("x"), RateLimitError("x", retry_after=5)]))
     @precondition(lambda self: self.rooms.inside)
-    def leave(self, data: st.DataObject, well: bool) -> None:
+    def leave(self, data: st.DataObject, error: Exception | None) -> None:
         name = data.draw(st.sampled_from(sorted(self.rooms.inside)))
         if self.rooms.inside[name].done():
             return
-        if well:
+        if error is None:
             self.rooms.leave(name)
         else:
-            self.rooms.inside[name].set_exception(ServerError("x"))
+            self.rooms.inside[name].set_exception(error)
+
+    @rule(seconds=st.sampled_from([1, 5]))
+    def wait(self, seconds: float) -> None:
+        self.loop.run_until_complete(self.clock.advance(seconds))
 
     @rule(limit=st.integers(1, 4))
     def resize(self, limit: int) -> None:
@@ -475,12 +440,13 @@ class Anything(RuleBasedStateMachine):
         for _ in range(10):
             self.turn()
         for name in [name for name, task in self.tasks.items() if task.done()]:
-            with suppress(asyncio.CancelledError, ServerError):
+            with suppress(asyncio.CancelledError, ServerError, RateLimitError):
                 self.tasks.pop(name).result()
         now = self.policy.statistics()
         assert now.running == len(self.rooms.inside), "a slot was lost or given twice"
         assert now.running + now.waiting == len(self.tasks), "a caller was lost"
-        assert now.waiting == 0 or now.running >= now.limit, "a wake-up was lost"
+        assert now.waiting == 0 or now.running >= now.limit or now.parked, "a wake-up was lost"
+        assert self.clock.sleeping == (1 if now.waiting and now.parked else 0), "an alarm was lost or left behind"
         self.most = max(now.limit, now.running)
 
     @invariant()
@@ -493,11 +459,16 @@ class Anything(RuleBasedStateMachine):
         self.settle()
         while self.tasks:
             for name in list(self.rooms.inside):
-                self.rooms.leave(name)
+                if not self.rooms.inside[name].done():
+                    self.rooms.leave(name)
+            self.settle()
+            self.wait(5)
             self.settle()
         now = self.policy.statistics()
         self.loop.close()
         assert (now.running, now.waiting) == (0, 0)
+        assert not self.policy._slots._line._inside, "an agent was not forgotten"
+        assert len(self.policy._slots._line) == 0
 
 
 TestAnything = Anything.TestCase
