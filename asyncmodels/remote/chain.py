@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry, RetryBudget
 
-__all__ = ["DEFAULT_CONCURRENCY", "PolicyLike", "remote_chain"]
+__all__ = ["DEFAULT_CONCURRENCY", "ConcurrencyLimit", "PolicyLike", "remote_chain"]
 
 PolicyLike = Callable[[Backend], Backend]
+ConcurrencyLimit: TypeAlias = int | Literal["auto"]
+"""A number of calls, or ``"auto"``: whatever the server turns out to take."""
 
-DEFAULT_CONCURRENCY = 1000
+DEFAULT_CONCURRENCY: ConcurrencyLimit = 1000
 """Calls in flight per model unless ``max_concurrency`` says otherwise; as many as the openai package opens."""
 
 
 def remote_chain(
-    *, max_concurrency: int | None, retry: bool | int | PolicyLike, policies: Sequence[PolicyLike] | None
+    *, max_concurrency: ConcurrencyLimit | None, retry: bool | int | PolicyLike, policies: Sequence[PolicyLike] | None
 ) -> Sequence[PolicyLike]:
     """The policies around a remote backend, outermost first; ``policies`` replaces them all.
 
@@ -41,5 +43,6 @@ def remote_chain(
         return (concurrency,)
     settings: dict[str, Any] = {} if retry is True else {"attempts": retry}
     # When a server stumbles, everything in flight fails at once: the reserve lets all of it have one more attempt.
-    reserve = max(100, limit) if isinstance(limit, int) else 100  # what is not a limit at all, Concurrency refuses
+    # That is as many as the limit; "auto" rarely fails them all, and what is no limit at all, Concurrency refuses.
+    reserve = max(100, limit) if isinstance(limit, int) else 100
     return (partial(Retry, budget=RetryBudget(reserve=reserve), **settings), concurrency)
