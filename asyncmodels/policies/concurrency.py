@@ -121,12 +121,13 @@ class Concurrency(Policy):
             self._adaptive = False
             return
         now, minimum, maximum = self._clock.time(), *self._bounds
-        if self._controller is None:
-            self._controller = AdaptiveLimit(start=self.limit, minimum=minimum, maximum=maximum, now=now)
-        elif not self._adaptive:
-            self._controller.resume(now, self.limit)
+        with self._slots.lock:
+            if self._controller is None:
+                self._controller = AdaptiveLimit(start=self.limit, minimum=minimum, maximum=maximum, now=now)
+            elif not self._adaptive:
+                self._controller.resume(now, self.limit)
+            self._adaptive = True
         self._slots.resize(self._controller.limit)
-        self._adaptive = True
 
     async def generate(self, request: Request, /) -> Response:
         slots = self._slots
@@ -154,7 +155,7 @@ class Concurrency(Policy):
     def statistics(self) -> ConcurrencyStatistics:
         slots, controller = self._slots, self._controller
         with slots.lock:
-            return ConcurrencyStatistics(
+            statistics = ConcurrencyStatistics(
                 limit=slots.limit,
                 running=slots.running,
                 waiting=slots.waiting,
@@ -164,6 +165,8 @@ class Concurrency(Policy):
                 refused=0 if controller is None else controller.refused_calls,
                 history=() if controller is None else tuple(self._dated(change) for change in controller.history),
             )
+        slots.catch_up()
+        return statistics
 
     def __repr__(self) -> str:
         now = self.statistics()

@@ -131,7 +131,7 @@ class Slots:
         thread may be the one that has the lock.
         """
         self._late.append(then)
-        self._catch_up()
+        self.catch_up()
 
     # -- parking
 
@@ -172,7 +172,7 @@ class Slots:
         with self.lock:
             if self._parked_until is not None and loop in self._loops:
                 self._set_alarm(loop)
-        self._catch_up()
+        self.catch_up()
 
     async def _alarm(self, loop: asyncio.AbstractEventLoop) -> None:
         me = asyncio.current_task()
@@ -231,10 +231,10 @@ class Slots:
             if not waiter.wake():
                 self.leave(waiter)
         if self._late:
-            self._catch_up()
+            self.catch_up()
 
-    def _catch_up(self) -> None:
-        # Whoever holds the lock comes by here after he has let go of it.
+    def catch_up(self) -> None:
+        """Does what had to wait for the lock: whoever held it comes by here after he has let go of it."""
         while self._late and not self.lock.locked():
             try:
                 then = self._late.popleft()

@@ -118,6 +118,39 @@ async def test_three_hundred_agents_get_their_turns(limit: int) -> None:
 
 # -- the line against its definition ----------------------------------------------------------------------------------
 
+
+def line_of(*agents: str) -> Line[Person]:
+    line: Line[Person] = Line()
+    for number, agent in enumerate(agents):
+        line.join(Person(0, agent, number), 0, agent)
+    return line
+
+
+def test_calls_that_went_in_meanwhile_count() -> None:
+    """An agent that has got slots since it was looked at comes after one that has fewer."""
+    line = line_of("a", "a", "b", "b")
+    assert line.next().agent == "a"
+
+    line.enter("b")
+    line.enter("b")
+
+    assert [line.next().agent for _ in range(3)] == ["a", "b", "b"]
+
+
+def test_what_happened_behind_a_higher_priority_counts() -> None:
+    """While a higher priority is served, those behind it change; they are served as they are then."""
+    line = line_of("a", "a", "b", "b", "c", "c")
+    assert line.next().agent == "a"
+
+    line.join(Person(1, "d", 9), 1, "d")
+    for _ in range(2):
+        line.enter("b")
+    line.leave("a")
+    assert line.next().agent == "d"
+
+    assert [line.next().agent for _ in range(5)] == ["c", "a", "c", "b", "b"]
+
+
 STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("join"), st.integers(-1, 1), st.sampled_from([None, "a", "b", "c"])),
