@@ -389,3 +389,48 @@ async def test_tokens_tell_the_kind() -> None:
         assert policy._controller is not None
 
         assert len(policy._controller._window._kinds) == 4
+
+
+# -- the controller, call by call -------------------------------------------------------------------------------------
+
+
+def answer(adaptive: AdaptiveLimit, now: float, seconds: float, rounds: int) -> float:
+    """As many rounds of answers, each after ``seconds``, with the limit used up; when they are over."""
+    for _ in range(rounds):
+        now += seconds
+        for _ in range(adaptive.limit):
+            running = adaptive.limit
+            adaptive.ended(now, started=now - seconds, level=running, running=running)
+    return now
+
+
+def test_a_server_that_made_everybody_wait_is_not_tried_soon() -> None:
+    """After a Retry-After of 5 s the limit is held for twenty times as long before more is tried."""
+    quick, parked = AdaptiveLimit(start=32), AdaptiveLimit(start=32)
+    for adaptive, pause in ((quick, 0.0), (parked, 5.0)):
+        now = answer(adaptive, 0, 1, 1)
+        adaptive.refused(now + 0.5, started=now, running=32, pause=pause)
+        answer(adaptive, now + 0.5, 1, 150)
+    tried = [
+        next(change.at for change in adaptive.history if change.reason == "trying more") for adaptive in (quick, parked)
+    ]
+
+    assert tried[0] < 20
+    assert 101 < tried[1] < 110
+
+
+def test_calls_that_become_slower_are_looked_into_at_once() -> None:
+    """When calls take three times as long at an unchanged limit, it takes a few rounds until fewer are tried."""
+    adaptive = AdaptiveLimit(start=32)
+    now = answer(adaptive, 0, 1, 1)
+    adaptive.refused(now + 0.5, started=now, running=32)
+    for _ in range(3):  # trials that fail make the next one wait
+        while adaptive.history[-1].reason != "trying more":
+            now = answer(adaptive, now, 1, 1)
+        adaptive.refused(now + 0.5, started=now + 0.1, running=adaptive.limit)
+    now = answer(adaptive, now, 1, 8)
+    before = len(adaptive.history)
+
+    answer(adaptive, now, 3, 3)
+
+    assert [change.reason for change in adaptive.history][before:] == ["trying fewer", "undone"]
