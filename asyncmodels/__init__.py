@@ -58,8 +58,13 @@ if TYPE_CHECKING:
     from asyncmodels.local.smollm import SmolLMModel
     from asyncmodels.local.transformers import TransformersModel
     from asyncmodels.model import Model, Statistics
+    from asyncmodels.policies.cache import Cache
+    from asyncmodels.policies.cache_store import CacheStore, MemoryStore
     from asyncmodels.policies.concurrency import Concurrency
+    from asyncmodels.policies.disk_store import DiskStore
+    from asyncmodels.policies.redis_store import RedisStore
     from asyncmodels.policies.retry import Retry, RetryBudget
+    from asyncmodels.policies.single_flight import SingleFlight
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
     from asyncmodels.remote.bedrock import AmazonBedrockModel, AmazonBedrockServerModel, BedrockModel
@@ -101,6 +106,8 @@ __all__ = [
     "AzureOpenAIServerModel",
     "Backend",
     "BedrockModel",
+    "Cache",
+    "CacheStore",
     "CallTimeoutError",
     "CallableModel",
     "Capabilities",
@@ -117,6 +124,7 @@ __all__ = [
     "DNSError",
     "DeadlineError",
     "Delta",
+    "DiskStore",
     "EBNF",
     "EngineDeadError",
     "EngineError",
@@ -130,6 +138,7 @@ __all__ = [
     "JSONSchema",
     "LiteLLMModel",
     "LiteLLMRouterModel",
+    "MemoryStore",
     "Message",
     "MissingExtraError",
     "MissingKeyError",
@@ -149,6 +158,7 @@ __all__ = [
     "QuotaExceededError",
     "RateLimitError",
     "ReadTimeoutError",
+    "RedisStore",
     "Regex",
     "Request",
     "Response",
@@ -158,6 +168,7 @@ __all__ = [
     "RetryBudget",
     "ServerError",
     "ServerTimeoutError",
+    "SingleFlight",
     "SmolLMModel",
     "Statistics",
     "Stream",
@@ -191,24 +202,30 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "AzureOpenAIModel": ("asyncmodels.remote.azure", "openai"),
     "AzureOpenAIServerModel": ("asyncmodels.remote.azure", "openai"),
     "BedrockModel": ("asyncmodels.remote.bedrock", "bedrock"),
+    "Cache": ("asyncmodels.policies.cache", None),
+    "CacheStore": ("asyncmodels.policies.cache_store", None),
     "CallableModel": ("asyncmodels.callable", None),
     "Concurrency": ("asyncmodels.policies.concurrency", None),
+    "DiskStore": ("asyncmodels.policies.disk_store", None),
     "HfApiModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "InferenceClientModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "LiteLLMModel": ("asyncmodels.remote.litellm", "litellm"),
     "LiteLLMRouterModel": ("asyncmodels.remote.litellm", "litellm"),
+    "MemoryStore": ("asyncmodels.policies.cache_store", None),
     "Model": ("asyncmodels.model", None),
     "OpenAIModel": ("asyncmodels.remote.openai", "openai"),
     "OpenAIServerModel": ("asyncmodels.remote.openai", "openai"),
     "Parameters": ("asyncmodels.request", None),
     "Quirks": ("asyncmodels.remote.quirks", None),
+    "RedisStore": ("asyncmodels.policies.redis_store", "redis"),
     "Retry": ("asyncmodels.policies.retry", None),
     "RetryBudget": ("asyncmodels.policies.retry", None),
+    "SingleFlight": ("asyncmodels.policies.single_flight", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
     "Statistics": ("asyncmodels.model", None),
+    "Stream": ("asyncmodels.stream", None),
     "SyncModel": ("asyncmodels.sync", None),
     "SyncStream": ("asyncmodels.sync", None),
-    "Stream": ("asyncmodels.stream", None),
     "TransformersModel": ("asyncmodels.local.transformers", "transformers"),
 }
 _MODULES = ("types", "errors", "backend", "registry")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +22,7 @@ from asyncmodels.types import (
     TextPart,
 )
 
-__all__ = ["Backend", "Capabilities", "Policy", "PolicyFactory", "Statistical", "compose", "links"]
+__all__ = ["Backend", "Capabilities", "Identified", "Policy", "PolicyFactory", "Statistical", "compose", "links"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +150,18 @@ class Statistical(Protocol):
     """A link that has something to count; what it returns shows in ``Model.statistics().links``."""
 
     def statistics(self) -> Any: ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A link that says what decides its answers beside the request: an endpoint, a model, settings."""
+
+    def identity(self) -> Mapping[str, Any] | None:
+        """By name, plain values that stay the same for as long as the answers may be taken for each other.
+
+        It holds no secret, for it is stored. None: it cannot be said.
+        """
+        ...
 
 
 def compose(backend: Backend, *policies: Callable[[Backend], Backend]) -> Backend:

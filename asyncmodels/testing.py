@@ -25,7 +25,7 @@ import math
 import re
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -290,6 +290,9 @@ class ScriptedBackend(Backend):
 
     async def aclose(self) -> None:
         self.closed = True
+
+    def identity(self) -> Mapping[str, Any]:
+        return {"model": self._model}
 
     def statistics(self) -> ScriptedStatistics:
         return ScriptedStatistics(requests=len(self.requests), running=self.running, max_running=self.max_running)

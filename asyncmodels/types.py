@@ -342,6 +342,7 @@ class Response:
             id=self.id,
             timing=self.timing,
             attempts=self.attempts,
+            cached=self.cached,
             extra=self.extra,
         )
 
@@ -374,6 +375,7 @@ class Delta:
     id: str | None = None
     timing: Timing | None = None
     attempts: int | None = None
+    cached: bool = False
     extra: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -397,6 +399,7 @@ class ResponseBuilder:
         self._id: str | None = None
         self._timing = Timing()
         self._attempts = 1
+        self._cached = False
         self._extra: Mapping[str, Any] | None = None
 
     def add(self, delta: Delta) -> None:
@@ -420,6 +423,8 @@ class ResponseBuilder:
             self._timing = delta.timing
         if delta.attempts is not None:
             self._attempts = delta.attempts
+        if delta.cached:
+            self._cached = True
         if delta.extra is not None:
             self._extra = delta.extra
 
@@ -437,6 +442,7 @@ class ResponseBuilder:
             logprobs=tuple(self._logprobs) or None,
             timing=self._timing,
             attempts=self._attempts,
+            cached=self._cached,
             extra=self._extra,
         )
 

@@ -41,6 +41,7 @@ CORE: Mapping[str, set[str]] = {
     "request": {"errors", "formats", "messages", "tools", "types"},
     # the seam and the face
     "backend": {"errors", "types"},
+    "identity": {"backend", "types"},
     "deadline": {"errors"},
     "attempt": {"backend", "deadline", "errors", "types"},
     "calls": {"errors", "messages", "types"},
@@ -52,6 +53,7 @@ CORE: Mapping[str, set[str]] = {
         "deadline",
         "errors",
         "formats",
+        "identity",
         "messages",
         "recipe",
         "request",
@@ -71,7 +73,7 @@ CORE: Mapping[str, set[str]] = {
 """What each module of the core imports when it is imported; "" is the package itself."""
 
 PACKAGES: Mapping[str, set[str]] = {
-    "policies": {"backend", "clock", "errors", "types"},
+    "policies": {"backend", "clock", "errors", "identity", "types"},
     "remote": {"", "backend", "clock", "errors", "messages", "model", "request", "stopping", "stream", "types"},
     "local": {"backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
     "batch": {"backend", "clock", "errors", "messages", "model", "request", "types"},
@@ -82,6 +84,20 @@ PARTS: Mapping[str, set[str]] = {
     "policies.slots": {"policies.line"},
     "policies.adaptive": {"policies.latency"},
     "policies.concurrency": {"policies.adaptive", "policies.slots"},
+    "policies.cache_store": {"policies.cached_answer"},
+    "policies.cache_file": {"policies.cached_answer"},
+    "policies.store_worker": {"policies.cache_store", "policies.cached_answer"},
+    "policies.threaded_store": {"policies.cache_store", "policies.cached_answer", "policies.store_worker"},
+    "policies.disk_store": {"policies.cache_file", "policies.cache_store", "policies.threaded_store"},
+    "policies.redis_store": {"policies.cache_store", "policies.cached_answer", "policies.threaded_store"},
+    "policies.cache": {
+        "policies.cache_store",
+        "policies.cached_answer",
+        "policies.disk_store",
+        "policies.fingerprint",
+    },
+    "policies.shared_stream": {"policies.own_copy"},
+    "policies.single_flight": {"policies.own_copy", "policies.shared_stream"},
 }
 """Policies know no other; what is listed here is one policy in several files."""
 
@@ -106,6 +122,7 @@ TYPING: Mapping[str, set[str]] = {
 RUNTIMES = {"accelerate", "gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 FOREIGN: Mapping[str, set[str]] = {
     "callable": {"anyio"},
+    "policies.redis_store": {"redis"},
     "policies.retry": {"tenacity"},
     "remote.bedrock": {"aiobotocore"},
     "remote.bedrock_client": {"aiobotocore", "aiohttp", "botocore"},

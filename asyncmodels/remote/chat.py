@@ -117,6 +117,9 @@ class ChatBackend(Backend):
     async def aclose(self) -> None:
         await self.pool.aclose()
 
+    def identity(self) -> Mapping[str, Any]:
+        return {"model": self.model_id, "endpoint": self._endpoint.place(), "dialect": repr(self._dialect)}
+
     def statistics(self) -> Any:
         return self.pool.statistics()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import TypeAlias
 
 import httpx2
@@ -28,6 +29,11 @@ class Endpoint:
     secret: str | None = field(default=None, repr=False)
     key_header: str = "authorization"
     """Where a key from a function goes: there after the word Bearer, into any other header (``api-key``) as it is."""
+
+    def place(self) -> str:
+        """The URL without what may be a secret: no user, and of the query (``api-version=...``) only a digest."""
+        bare = str(self.url.copy_with(userinfo=b"", query=None, fragment=None))
+        return f"{bare}?{sha256(self.url.query).hexdigest()[:16]}" if self.url.query else bare
 
 
 @dataclass(frozen=True, slots=True)
