@@ -12,13 +12,14 @@ import atexit
 import concurrent.futures
 import inspect
 import os
+import ssl
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, cast
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
@@ -28,6 +29,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from aiohttp.client_proto import ResponseHandler
+from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.loaders import Loader, create_loader
 from botocore.tokens import FrozenAuthToken
 
@@ -93,10 +95,33 @@ class _Handler(ResponseHandler):
             payload.set_exception(exc if isinstance(exc, aiohttp.ClientError) else aiohttp.ClientPayloadError(str(exc)))
 
 
+class _Trust(ssl.SSLContext):
+    """A context that has read its file of authorities, and does not read it again for each client that gets it."""
+
+    authorities: str | None = None
+
+    def load_verify_locations(self, cafile: Any = None, capath: Any = None, cadata: Any = None) -> None:
+        if (cafile, capath, cadata) != (self.authorities, None, None):
+            super().load_verify_locations(cafile, capath, cadata)
+
+
+@lru_cache(maxsize=8)
+def _trust(authorities: str, _changed: tuple[int, int]) -> _Trust:
+    # Reading them takes tens of milliseconds: longer than all else that a client needs, and on its event loop.
+    context = create_urllib3_context()
+    context.load_verify_locations(authorities)
+    context.check_hostname = True
+    # Made by botocore, for its ciphers and options, so that the class can only be changed afterwards.
+    context.__class__ = _Trust
+    context.authorities = authorities
+    return cast("_Trust", context)
+
+
 class Session(AIOHTTPSession):  # type: ignore[misc]  # botocore's packages have no types
     """aiobotocore's session on aiohttp, which looks whose certificate it is shown, and ends what is broken.
 
     Up to 2.25 aiobotocore takes any valid certificate for any host, and behind a proxy does not look at it at all.
+    Sessions that trust the same and show no certificate of their own share what they trust.
     """
 
     def _create_connector(self, proxy_url: str | None) -> Any:
@@ -104,6 +129,12 @@ class Session(AIOHTTPSession):  # type: ignore[misc]  # botocore's packages have
         return _guarded_later(made) if inspect.isawaitable(made) else _guarded(made)
 
     def _get_ssl_context(self) -> Any:
+        # Into what they get, others load their certificates, and switch checks off.
+        if self._verify and not self._cert_file and not self._proxy_config.settings:
+            authorities = get_cert_path(self._verify)
+            with suppress(OSError):  # that it cannot be read is told where it is read
+                status = os.stat(authorities)
+                return _trust(authorities, (status.st_mtime_ns, status.st_size))
         context = super()._get_ssl_context()
         context.check_hostname = True
         return context

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -25,6 +27,7 @@ from botocore.config import Config
 from asyncmodels import BedrockModel, ConfigurationError, EventLoopError, InvalidRequestError
 from asyncmodels.policies.retry import Retry
 from asyncmodels.remote.bedrock import BedrockBackend
+from asyncmodels.remote.bedrock_client import Session
 from tests.server.handle import Place, Server
 from tests.server.script import Answer
 
@@ -418,6 +421,42 @@ def test_a_loop_that_ended_is_not_kept(server: Server) -> None:
     gc.collect()
     assert loops[0]() is None
     asyncio.run(model.aclose())
+
+
+async def trusted(**options: Any) -> Any:
+    """The TLS context of a session with these options."""
+    made = Session(**options)._create_connector(None)
+    connector = await made if inspect.isawaitable(made) else made
+    await connector.close()
+    return connector._ssl
+
+
+async def test_sessions_that_trust_the_same_share_it(server: Server, tmp_path: Path) -> None:
+    """Authorities are read once, and again when their file changes; who shows a certificate shows it alone."""
+    authorities = tmp_path / "ca.pem"
+    authorities.write_bytes(server.ca_file.read_bytes())
+    shared = await trusted(verify=str(authorities))
+    assert await trusted(verify=str(authorities)) is shared
+    assert (shared.cert_store_stats()["x509_ca"], shared.check_hostname) == (1, True)
+    assert (await trusted(verify=True)).cert_store_stats()["x509_ca"] > 1
+    mine = str(server.ca_file.with_name("server.pem"))
+    assert await trusted(verify=str(authorities), client_cert=mine) is not shared
+    for use in ({"proxy_ca_bundle": str(server.ca_file)}, {"proxy_client_cert": mine}):
+        assert await trusted(verify=str(authorities), proxies_config=use) is not shared
+    assert await trusted(verify=str(authorities)) is shared
+    authorities.write_bytes(2 * server.ca_file.read_bytes())
+    assert await trusted(verify=str(authorities)) is not shared
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+async def test_authorities_that_cannot_be_read(tmp_path: Path, content: str | None) -> None:
+    """The error is that of the file, each time."""
+    authorities = tmp_path / "ca.pem"
+    if content is not None:
+        authorities.write_text(content)
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError if content is None else ssl.SSLError):
+            await trusted(verify=str(authorities))
 
 
 def test_without_a_loop() -> None:
