@@ -12,7 +12,7 @@ import httpx2
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.remote.azure_client import Surface, configure_azure
-from asyncmodels.remote.chain import PolicyLike, remote_chain
+from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.endpoint import APIKey
 from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, retry_of
 from asyncmodels.remote.pool import TransportChoice
@@ -77,7 +77,7 @@ class AzureOpenAIModel(Model):
         custom_role_conversions: Mapping[str, str] | None = None,
         *,
         quirks: Quirks | None = None,
-        max_concurrency: int | None = None,
+        max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
         http_client: httpx2.AsyncClient | None = None,

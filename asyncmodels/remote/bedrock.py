@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any, Literal, NoReturn, Unpack, cast
+from typing import Any, NoReturn, Unpack, cast
 
 from aiobotocore.client import AioBaseClient
 
@@ -17,7 +17,7 @@ from asyncmodels.model import Messages, Model
 from asyncmodels.remote.bedrock_client import Clients, Lease, service_members
 from asyncmodels.remote.bedrock_config import Configured, configured, own_client
 from asyncmodels.remote.bedrock_errors import error_from
-from asyncmodels.remote.chain import PolicyLike, remote_chain
+from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.converse import (
     CONVERSE_PARAMETERS,
     ConverseParameters,
@@ -77,7 +77,7 @@ class BedrockModel(Model):
         flatten_messages_as_text: bool = False,
         *,
         api_key: str | None = None,
-        max_concurrency: int | Literal["auto"] | None = None,
+        max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
         structured_output: StructuredOutput = "auto",

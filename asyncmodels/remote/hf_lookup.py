@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+from typing import Any
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
@@ -138,11 +139,8 @@ async def ask_helper(helper: TaskProviderHelper, model_id: str, token: str, own:
 def _mappings(content: bytes) -> list[InferenceProviderMapping]:
     try:
         data = orjson.loads(content)
-        return (
-            ModelInfo(
-                id=data["id"], inferenceProviderMapping=data.get("inferenceProviderMapping")
-            ).inference_provider_mapping
-            or []
-        )
+        untyped: Any = ModelInfo
+        info: ModelInfo = untyped(id=data["id"], inferenceProviderMapping=data.get("inferenceProviderMapping"))
+        return info.inference_provider_mapping or []
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InvalidResponseError("What the Hub says about the model is not what it should be.") from error

@@ -97,7 +97,7 @@ def helpers_route(helper: TaskProviderHelper, model_id: str, token: str, own: Ow
 
 def helper_of(provider: str) -> TaskProviderHelper:
     """huggingface_hub's own knowledge of ``provider``; raises ConfigurationError for one that has no chat."""
-    table: Mapping[str, Mapping[str, TaskProviderHelper]] = {**PROVIDERS}
+    table = {str(name): tasks for name, tasks in PROVIDERS.items()}
     tasks = table.get(provider)
     if tasks is not None and _TASK in tasks:
         return tasks[_TASK]
@@ -125,7 +125,11 @@ def same_name(provider: str, model_id: str) -> InferenceProviderMapping:
 
 
 def _mapping(provider: str, model_id: str, name: str) -> InferenceProviderMapping:
-    return InferenceProviderMapping(provider=provider, hf_model_id=model_id, providerId=name, status="live", task=_TASK)
+    untyped: Any = InferenceProviderMapping
+    mapping: InferenceProviderMapping = untyped(
+        provider=provider, hf_model_id=model_id, providerId=name, status="live", task=_TASK
+    )
+    return mapping
 
 
 def _route(

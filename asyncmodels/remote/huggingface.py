@@ -14,7 +14,7 @@ from huggingface_hub import constants, get_token
 from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingKeyError
 from asyncmodels.model import Model
-from asyncmodels.remote.chain import PolicyLike, remote_chain
+from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.endpoint import require_sendable
 from asyncmodels.remote.hf_lookup import Lookup, ask_helper
 from asyncmodels.remote.hf_routing import (
@@ -77,7 +77,7 @@ class InferenceClientModel(Model):
         bill_to: str | None = None,
         base_url: str | None = None,
         quirks: Quirks | None = None,
-        max_concurrency: int | None = None,
+        max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
         http_client: httpx2.AsyncClient | None = None,

@@ -19,7 +19,7 @@ from asyncmodels.errors import (
     UnsupportedError,
 )
 from asyncmodels.model import Model
-from asyncmodels.remote.chain import PolicyLike, remote_chain
+from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.litellm_call import DEFAULT_TIMEOUT, called, closed, own
 from asyncmodels.remote.litellm_errors import error_from_litellm, known_secrets
 from asyncmodels.remote.litellm_reader import deltas_from, response_from_litellm
@@ -67,7 +67,7 @@ class LiteLLMModel(Model):
         custom_role_conversions: Mapping[str, str] | None = None,
         flatten_messages_as_text: bool | None = None,
         *,
-        max_concurrency: int | None = None,
+        max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
         **defaults: Unpack[Parameters],
@@ -130,7 +130,7 @@ class LiteLLMRouterModel(Model):
         custom_role_conversions: Mapping[str, str] | None = None,
         flatten_messages_as_text: bool = False,
         *,
-        max_concurrency: int | None = None,
+        max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
         **defaults: Unpack[Parameters],

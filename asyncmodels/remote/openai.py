@@ -9,7 +9,7 @@ import httpx2
 
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
-from asyncmodels.remote.chain import PolicyLike, remote_chain
+from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.chat import ChatBackend
 from asyncmodels.remote.endpoint import APIKey, Endpoint
 from asyncmodels.remote.openai_client import configure
@@ -65,7 +65,7 @@ class OpenAIModel(Model):
         api: API = "chat",
         provider: str | None = None,
         quirks: Quirks | None = None,
-        max_concurrency: int | None = None,
+        max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
         http_client: httpx2.AsyncClient | None = None,
