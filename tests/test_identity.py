@@ -15,7 +15,9 @@ from asyncmodels.identity import canonical, identities, is_sampled, question
 from asyncmodels.model import Model
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
+from asyncmodels.remote.huggingface import InferenceClientModel
 from asyncmodels.remote.openai import OpenAIModel
+from asyncmodels.request import build_request
 from asyncmodels.testing import ScriptedBackend
 from asyncmodels.types import (
     Choice,
@@ -166,6 +168,21 @@ def test_sampled_is_what_may_differ_on_purpose(fields: Mapping[str, Any], sample
     assert is_sampled(ask(**fields)) is sampled
 
 
+def test_a_circle_is_refused() -> None:
+    """An extra that contains itself is an error that callers know how to take, not the end of the process."""
+    circle: dict[str, Any] = {}
+    circle["x"] = [circle]
+    with pytest.raises(RecursionError):
+        written(ask(extra=circle))
+
+
+def test_requests_of_the_face_are_the_same_as_those_by_hand() -> None:
+    """A request that leaves its unset fields out is read as one that has them all."""
+    built = build_request("Hello", {"temperature": 0, "max_tokens": 3}, {"seed": 5})
+
+    assert written(built) == written(ask(temperature=0.0, max_tokens=3, seed=5))
+
+
 def test_a_chain_is_who_its_links_say() -> None:
     """Policies that change no answer add nothing; one innermost link that cannot say it means that nobody can."""
 
@@ -208,3 +225,20 @@ def test_an_endpoint_says_where_it_is_and_no_secret() -> None:
     assert len({here, *others}) == 1 + len(others)
     shown = b"".join([of("http://me:pass-secret@host/v1"), *others])
     assert b"secret" not in shown
+
+
+def test_a_route_that_is_known_says_where_it_leads() -> None:
+    """Hugging Face's router and an endpoint of one's own are known from the start; a provider that has to be looked up
+    cannot be said yet."""
+
+    def of(**settings: Any) -> bytes | None:
+        said = identities(InferenceClientModel(**settings).backend)
+        return None if said is None else canonical(said)
+
+    router = of(model_id="Qwen/Qwen3-32B", token="hf_secret")
+    own = of(base_url="https://mine.endpoints.huggingface.cloud", token="hf_secret")
+    assert router is not None
+    assert own is not None
+    assert router != own
+    assert b"secret" not in router + own
+    assert of(model_id="Qwen/Qwen3-32B", provider="novita", token="hf_secret") is None

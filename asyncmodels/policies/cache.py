@@ -123,6 +123,7 @@ class Cache(Policy):
         self._epoch = epoch
         self._keep_reasons = frozenset(keep)
         self._clock = clock
+        self._closed = False
         self._hits = self._misses = self._bypassed = self._stored = self._refused = self._errors = 0
         self._last_error: str | None = None
 
@@ -159,7 +160,7 @@ class Cache(Policy):
         others = await self._store.recent(_NEAREST_OF)
         if not others:
             return CacheExplanation(status="miss", reason="the cache is empty")
-        differs = await asyncio.to_thread(_nearest, fingerprint(self._who, asked.tree), others)
+        differs = await asyncio.to_thread(_nearest, self._fingerprint(asked.request), others)
         return CacheExplanation(status="miss", reason=f"differs in: {'; '.join(differs)}", differs=differs)
 
     async def forget(self, request: Request) -> None:
@@ -189,6 +190,7 @@ class Cache(Policy):
         )
 
     async def aclose(self) -> None:
+        self._closed = True
         try:
             await self.backend.aclose()
         finally:
@@ -197,21 +199,30 @@ class Cache(Policy):
     # -- the question -------------------------------------------------------------------------------------------------
 
     def _asked(self, request: Request) -> _Asked | None:
+        if self._closed:
+            raise ClosedError("This cache was closed.")
         asked = None if is_sampled(request) and not self._sampled else self._question(request)
         if asked is None:
             self._bypassed += 1
         return asked
 
     def _question(self, request: Request) -> _Asked | None:
+        hasher = self._prefix.copy()
+        try:
+            hasher.update(canonical(self._tree(request)))
+        except (TypeError, ValueError, RecursionError):
+            return None
+        return _Asked(hasher.digest(), request)
+
+    def _tree(self, request: Request) -> dict[str, Any]:
         tree = question(request)
         if self._epoch is not None:
             tree.setdefault("epoch", self._epoch)
-        hasher = self._prefix.copy()
-        try:
-            hasher.update(canonical(tree))
-        except (TypeError, ValueError, RecursionError):
-            return None
-        return _Asked(hasher.digest(), tree, request)
+        return tree
+
+    def _fingerprint(self, request: Request) -> bytes:
+        # The tree is made anew, for most calls never need it again and many may be waiting at a time.
+        return fingerprint(self._who, self._tree(request))
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
@@ -240,7 +251,7 @@ class Cache(Policy):
             self._refused += 1
             return
         try:
-            entry = Entry(answer, fingerprint(self._who, asked.tree), self._clock.wall_time())
+            entry = Entry(answer, self._fingerprint(asked.request), self._clock.wall_time())
             await self._store.put(asked.key, entry)
         except Exception as error:
             self._failed(error)
@@ -276,7 +287,6 @@ class _Asked:
     """A request with what it is looked up by."""
 
     key: bytes
-    tree: Mapping[str, Any]
     request: Request
 
 

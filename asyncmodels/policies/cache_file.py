@@ -95,7 +95,7 @@ class CacheFile:
             connection.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?)", put)
         except BaseException:
             with suppress(sqlite3.Error):
-                connection.execute("ROLLBACK")
+                connection.rollback()
             raise
         connection.execute("COMMIT")
 
@@ -137,7 +137,7 @@ class CacheFile:
         give_up = time.monotonic() + patience
         while True:
             try:
-                if not self._is_ours():
+                if not self._was_ours():
                     self._create()
                 self._connection.execute("PRAGMA journal_mode = WAL").fetchone()
                 break
@@ -148,6 +148,14 @@ class CacheFile:
                 time.sleep(0.01 + os.getpid() % 10 / 1000)
         # A crash of the machine may lose the last answers; it cannot damage the file.
         self._connection.execute("PRAGMA synchronous = NORMAL")
+
+    def _was_ours(self) -> bool:
+        # In one transaction: another may be making the file just now, and half of what it says would be misunderstood.
+        self._connection.execute("BEGIN")
+        try:
+            return self._is_ours()
+        finally:
+            self._connection.rollback()
 
     def _is_ours(self) -> bool:
         """Whether the file is of this version; False where it must be made, or made anew."""
@@ -178,7 +186,7 @@ class CacheFile:
                 connection.execute(f"PRAGMA application_id = {_OURS}")
                 connection.execute(f"PRAGMA user_version = {_VERSION}")
         except BaseException:
-            connection.execute("ROLLBACK")
+            connection.rollback()
             raise
         connection.execute("COMMIT")
 

@@ -56,7 +56,8 @@ def encode(response: Response) -> bytes:
 def decode(answer: bytes) -> Response:
     """A new Response, marked as cached. Raises ValueError for bytes that ``encode`` did not write."""
     try:
-        fields = json.loads(answer, object_hook=_unplain if _BYTES.encode() in answer else None)
+        text = answer.decode("ascii")
+        fields = (_decoder_of_bytes if _BYTES in text else _decoder).decode(text)
         usage, calls, logprobs = fields.get("usage"), fields.get("tool_calls"), fields.get("logprobs")
         return make(
             Response,
@@ -96,6 +97,8 @@ def _unplain(value: dict[str, Any]) -> Any:
     return base64.b64decode(value[_BYTES]) if value.keys() == {_BYTES} else value
 
 
+_decoder = json.JSONDecoder()
+_decoder_of_bytes = json.JSONDecoder(object_hook=_unplain)
 _encoder = json.JSONEncoder(separators=(",", ":"), default=_plain)
 
 

@@ -105,8 +105,9 @@ class Worker:
             self._serve_all(jobs)
             if stopping:
                 self._ended = True
-                if self._shelf is not None:
-                    self._shelf.close()
+                with suppress(Exception):  # whatever goes wrong, those who wait are told
+                    if self._shelf is not None:
+                        self._shelf.close()
             _deliver(jobs)
         self._refuse()
 
@@ -212,10 +213,8 @@ class Pending:
             self.written += self._clear()
 
     def lose(self) -> int:
-        """What was taken, or else what waits, is given up; returns how much that was."""
+        """What was taken is given up; returns how much that was."""
         with self._lock:
-            if not self._writing:
-                self._writing, self._next = self._next, {}
             lost = self._clear()
             self.failed += lost
             return lost
@@ -255,6 +254,8 @@ class Writer(Worker):
         return len(self._pending) > 0
 
     def _lose(self, error: Exception) -> None:
+        if self._shelf is None:
+            self._pending.take()
         lost = self._pending.lose()
         if lost:
             logger.warning("%d answers were not kept. %s", lost, _ours(error))

@@ -164,6 +164,9 @@ class HuggingFaceBackend(Backend):
     async def aclose(self) -> None:
         await self.pool.aclose()
 
+    def identity(self) -> Mapping[str, Any] | None:
+        return None if self._chat is None else self._chat.identity()
+
     def statistics(self) -> Any:
         return self.pool.statistics()
 

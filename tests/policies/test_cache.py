@@ -601,6 +601,19 @@ async def test_a_store_that_was_given_is_flushed_and_not_closed() -> None:
     assert store.calls == ["flush"]
 
 
+async def test_a_closed_cache_says_so() -> None:
+    """What is stored is no answer of a backend that was closed."""
+    cache = Cache(ScriptedBackend("x"))
+    await cache.generate(ask())
+    await cache.aclose()
+    await cache.aclose()
+
+    with pytest.raises(ClosedError):
+        await cache.generate(ask())
+    with pytest.raises(ClosedError):
+        await collect(cache, ask())
+
+
 async def test_a_path_makes_a_file_that_is_closed_with_the_cache(tmp_path: Path) -> None:
     """What the cache has opened itself it closes, and the answers are there for the next."""
     async with Model(ScriptedBackend("one"), partial(Cache, store=tmp_path / "a" / "b.db")) as model:

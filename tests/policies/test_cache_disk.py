@@ -424,6 +424,27 @@ def test_one_store_serves_many_loops_and_threads(path: Path) -> None:
     asyncio.run(end())
 
 
+def test_many_may_make_a_file_at_a_time(tmp_path: Path) -> None:
+    """Threads that open a file that is not there yet, all at once, never take it for another program's."""
+    failures: list[BaseException] = []
+
+    def make(path: Path, start: threading.Barrier) -> None:
+        start.wait()
+        try:
+            CacheFile(path).close()
+        except BaseException as error:
+            failures.append(error)
+
+    for number in range(15):
+        start = threading.Barrier(6)
+        threads = [threading.Thread(target=make, args=(tmp_path / f"{number}.db", start)) for _ in range(6)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+    assert failures == []
+
+
 WRITER = """
 import asyncio, sys
 from asyncmodels.policies.cached_answer import Entry
@@ -591,3 +612,33 @@ def test_the_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setenv("HOME", str(tmp_path))
 
     assert DiskStore("~/x.db").path == tmp_path / "x.db"
+
+
+async def test_a_file_that_never_opens_holds_nothing_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is put into a store that cannot be opened is given up and logged, and closing it does not wait."""
+    async with DiskStore(tmp_path) as store:
+        for number in range(5):
+            await store.put(key(number), entry())
+            with pytest.raises(ConfigurationError):
+                await store.flush()
+        counted = store.statistics()
+        assert (counted.failed, counted.pending, store._pending.bytes) == (5, 0, 0)
+    assert "were not kept" in caplog.text
+
+
+async def test_what_waits_outlives_a_failure_to_make_room(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When evicting fails, what is written is written, and what came meanwhile is written next."""
+
+    def fail(file: CacheFile, max_bytes: int) -> int:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    async with DiskStore(path) as store:
+        await store.put(key(0), entry())
+        await store.flush()
+        with monkeypatch.context() as patched:
+            patched.setattr(CacheFile, "evict", fail)
+            for number in range(1, 600):
+                await store.put(key(number), entry(str(number)))
+            await asyncio.gather(store.flush(), return_exceptions=True)
+        await store.flush()
+        assert (store.statistics().failed, store.statistics().written) == (0, 600)
