@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.examples.in_process import run_here
 from tests.server.handle import Place, Server
 from tests.server.script import Answer
 
@@ -35,10 +38,11 @@ def test_it_prints_the_answer(server: Server) -> None:
     assert request.json()["messages"] == [{"role": "user", "content": "What is the capital of France?"}]
 
 
-def test_it_knows_the_v1_surface(server: Server) -> None:
+def test_it_knows_the_v1_surface(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The version in the environment chooses it."""
     place = server.script()
-    assert run(place, AZURE_OPENAI_API_KEY="k", OPENAI_API_VERSION="v1").returncode == 0
+    environment = {"AZURE_OPENAI_ENDPOINT": place.url, "AZURE_OPENAI_API_KEY": "k", "OPENAI_API_VERSION": "v1"}
+    run_here(monkeypatch, EXAMPLE.name, "my-deployment", "What is the capital of France?", **environment)
     assert place.seen().requests[0].target == f"/{place.key}/openai/v1/chat/completions"
 
 
