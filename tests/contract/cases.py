@@ -230,5 +230,5 @@ CASES = [
     Case("bedrock", bedrock_at, ask=ask_bedrock_by_script),
     Case("litellm", litellm_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
-    Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}),
+    Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
 ]

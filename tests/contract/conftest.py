@@ -26,7 +26,7 @@ def _one_thread() -> Iterator[None]:
 def tiny_weights() -> Iterator[Any]:
     """The WeightsSpec of a tiny Llama on the CPU, whose shared weights stay loaded for the whole run."""
     from asyncmodels.local.weights import WeightsSpec, shared_weights
-    from tests.local.tiny import tiny_model_folder
+    from tests.local.on_torch.tiny_llama import tiny_model_folder
 
     spec = WeightsSpec(model_id=str(tiny_model_folder()), device_map="cpu", torch_dtype="float32")
     held = shared_weights(spec)

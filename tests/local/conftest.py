@@ -1,43 +1,25 @@
-"""Small things that act like large ones: a tokenizer and a Llama built in code, and a runner that follows a script."""
+"""Small things that act like large ones: a tokenizer built in code, and a runner that follows a script."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from asyncmodels.local.detokenizer import make_detokenizer
 from asyncmodels.local.engine import Engine
 from asyncmodels.local.runner import Output, Runner, RunnerInfo, Sampled
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.types import Message, Request
-from tests.local.tiny import CONTEXT, build_tiny_model, build_tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One thread for tiny models: handing their crumbs of work to several costs many times what it saves."""
-    before = torch.get_num_threads()
-    if request.node.get_closest_marker("model") is None:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.local.tiny import CONTEXT, build_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return build_tokenizer()
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama of two layers. Its logits are far apart, so that greedy decoding is stable."""
-    return build_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @dataclass

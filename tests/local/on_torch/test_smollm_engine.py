@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from asyncmodels.local.smollm import smollm_path
 from asyncmodels.local.transformers import TransformersModel
 
-pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.usefixtures("all_threads"), pytest.mark.timeout(900)]
 
 TOPICS = ("the sea", "glass", "bread", "maps", "bees", "clocks", "rain", "chess")
 PROMPTS = [

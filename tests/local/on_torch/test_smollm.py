@@ -620,7 +620,7 @@ def test_missing_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the real one -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.model
+@pytest.mark.usefixtures("all_threads")
 def test_real_model_knows_paris() -> None:
     """The real SmolLM2, from wherever this machine can have it, answers greedily in both precisions."""
     import torch
@@ -642,7 +642,7 @@ def test_real_model_knows_paris() -> None:
     assert len(tokenizer) == 49152
 
 
-@pytest.mark.model
+@pytest.mark.usefixtures("all_threads")
 async def test_real_model_on_the_engine() -> None:
     """``load("smollm")`` answers as the weights themselves do."""
     async with asyncmodels.load("smollm", torch_dtype="float32") as model:
