@@ -118,6 +118,9 @@ MODULES = [
     for module in pkgutil.walk_packages(asyncmodels.__path__, "asyncmodels.")
     if not module.name.endswith("__main__")
 ]
+ON_TORCH = {
+    f"asyncmodels.local.{name}" for name in ("kv", "sampling", "smollm_convert", "transformers_runner", "weights")
+}
 
 
 def test_the_names_are_these() -> None:
@@ -194,7 +197,9 @@ def test_the_version_is_that_of_the_installed_package() -> None:
     assert asyncmodels.__version__ == version("asyncmodels")
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.model] * (name in ON_TORCH)) for name in MODULES]
+)
 def test_every_module_says_what_is_public_in_it(name: str) -> None:
     """Each module has a docstring and, unless it is empty, an __all__ without duplicates whose names exist."""
     module = importlib.import_module(name)
