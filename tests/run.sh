@@ -46,6 +46,10 @@ install() {
     # Some tests hand smolagents' own objects over. Its import needs python-dotenv; the rest of what it asks for is here.
     "$venv/bin/python" -m pip install --quiet python-dotenv
     "$venv/bin/python" -m pip install --quiet --no-deps "smolagents>=1.26,<2"
+    # The cache is tested against a real Redis where there may be one.
+    if ! command -v redis-server >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        apt-get install -y -qq redis-server >/dev/null 2>&1 || say "no redis-server: its tests are skipped"
+    fi
     # What cannot live beside those: the newest litellm, with an older huggingface_hub, and aiobotocore without aioboto3.
     "$python" -m venv "$venv/apart"
     "$venv/apart/bin/python" -m pip install --quiet --upgrade "pip>=25.1"

@@ -39,8 +39,10 @@ from asyncmodels.backend import Backend, Capabilities, compose
 from asyncmodels.callable import CallableModel
 from asyncmodels.errors import ServerError
 from asyncmodels.model import Model
+from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
+from asyncmodels.policies.single_flight import SingleFlight
 from asyncmodels.testing import Delay, Reply, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request
 from tests.remote.litellm_noise import NOISE as LITELLM_NOISE
@@ -221,6 +223,8 @@ CASES = [
     Case("retry", chain(retry)),
     Case("concurrency", chain(gate)),
     Case("retry-concurrency", chain(retry, gate)),
+    Case("single-flight", chain(partial(SingleFlight, sampled=True))),
+    Case("cache", chain(partial(Cache, sampled=True))),
     Case("model", face),
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),
