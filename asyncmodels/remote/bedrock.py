@@ -14,6 +14,7 @@ from aiobotocore.client import AioBaseClient
 from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ClosedError, ConfigurationError, TransportError, TruncatedResponseError
 from asyncmodels.model import Messages, Model
+from asyncmodels.remote.bedrock_calls import Waiting
 from asyncmodels.remote.bedrock_client import Clients, Lease, service_members
 from asyncmodels.remote.bedrock_config import Configured, configured, own_client
 from asyncmodels.remote.bedrock_errors import error_from
@@ -162,17 +163,19 @@ class BedrockBackend(Backend):
 
     async def generate(self, request: Request, /) -> Response:
         lease = self._clients.lease()
-        lease.in_flight += 1
+        calls = lease.calls
+        calls.count += 1
         try:
-            client = await self._client(lease)
-            params, format_tool = self._params(request, stream=False)
-            started = time.perf_counter()
-            try:
-                data = await client.converse(**params)
-            except Exception as error:
-                self._fail(error)
+            with Waiting(calls):
+                client = await self._client(lease)
+                params, format_tool = self._params(request, stream=False)
+                started = time.perf_counter()
+                try:
+                    data = await client.converse(**params)
+                except Exception as error:
+                    self._fail(error)
         finally:
-            lease.in_flight -= 1
+            calls.count -= 1
         response = response_from(
             data, model_id=self.model_id, format_tool=format_tool, service=time.perf_counter() - started
         )
@@ -189,15 +192,18 @@ class BedrockBackend(Backend):
     @asynccontextmanager
     async def _stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
         lease = self._clients.lease()
-        lease.in_flight += 1
+        calls = lease.calls
+        calls.count += 1
+        waiting = Waiting(calls)
         try:
-            client = await self._client(lease)
-            params, format_tool = self._params(request, stream=True)
-            started = time.perf_counter()
-            try:
-                answer = await client.converse_stream(**params)
-            except Exception as error:
-                self._fail(error)
+            with waiting:
+                client = await self._client(lease)
+                params, format_tool = self._params(request, stream=True)
+                started = time.perf_counter()
+                try:
+                    answer = await client.converse_stream(**params)
+                except Exception as error:
+                    self._fail(error)
             events = answer["stream"]
             try:
                 reader = EventReader(
@@ -205,22 +211,26 @@ class BedrockBackend(Backend):
                     request_id=answer["ResponseMetadata"].get("RequestId"),
                     format_tool=format_tool,
                 )
-                async with aclosing(self._deltas(events, reader, request, started)) as deltas:
+                async with aclosing(self._deltas(events, reader, request, started, waiting)) as deltas:
                     yield deltas
             finally:
                 # Read to its end, the connection is free already; anywhere else, this closes it.
                 events.close()
         finally:
-            lease.in_flight -= 1
+            calls.count -= 1
 
     async def _deltas(
-        self, stream: Any, reader: EventReader, request: Request, started: float
+        self, stream: Any, reader: EventReader, request: Request, started: float, waiting: Waiting
     ) -> AsyncGenerator[Delta, None]:
         matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
         first_token: float | None = None
         async with aclosing(aiter(stream)) as events:
             try:
-                async for event in events:
+                while True:
+                    with waiting:
+                        event = await anext(events, None)
+                    if event is None:
+                        break
                     delta = reader.read(event)
                     if delta is None:
                         if reader.ended:

@@ -34,6 +34,7 @@ from botocore.loaders import Loader, create_loader
 from botocore.tokens import FrozenAuthToken
 
 from asyncmodels.errors import ClosedError, EventLoopError
+from asyncmodels.remote.bedrock_calls import Calls
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.pool import PoolStatistics
 
@@ -324,12 +325,12 @@ def _close_at_exit() -> None:
 class Lease:
     """One model's part in the client of one event loop."""
 
-    __slots__ = ("_own", "face", "in_flight")
+    __slots__ = ("_own", "calls", "face")
 
     def __init__(self, face: Face | None, own: AioBaseClient | None) -> None:
         self.face = face
         self._own = own
-        self.in_flight = 0
+        self.calls = Calls()
 
     @property
     def client(self) -> AioBaseClient | None:
@@ -379,15 +380,15 @@ class Clients:
         last = self._last
         if last is not None and last[0] is loop and last[1].alive:
             return last[1]
-        if self.closed:
-            raise ClosedError("This model was closed.")
         with self._lock:
+            if self.closed:
+                raise ClosedError("This model was closed.")
             lease = self._leases.get(loop)
             if lease is None or not lease.alive:
                 for other in [other for other, lease in self._leases.items() if not lease.alive]:
                     del self._leases[other]
                 lease = self._leases[loop] = self._new_lease(loop)
-        self._last = (loop, lease)
+            self._last = (loop, lease)
         return lease
 
     def _new_lease(self, loop: asyncio.AbstractEventLoop) -> Lease:
@@ -404,7 +405,7 @@ class Clients:
     def statistics(self) -> PoolStatistics:
         """May be called from any thread."""
         leases = [lease for lease in list(self._leases.values()) if lease.alive]
-        in_flight = sum(lease.in_flight for lease in leases)
+        in_flight = sum(lease.calls.count for lease in leases)
         counts: dict[str, int] = {}
         for lease in leases:
             found = lease.face.connections() if lease.face is not None else open_connections(self._client)
@@ -415,12 +416,22 @@ class Clients:
         return PoolStatistics(in_flight, counts)
 
     async def aclose(self) -> None:
-        """Ends it: whatever begins later raises ClosedError. The client of a loop is closed with its last model."""
-        self.closed = True
-        self._last = None
+        """Ends it: whatever is under way, or begins later, raises ClosedError.
+
+        The client of a loop is closed with its last model.
+        """
         with self._lock:
+            self.closed = True
+            self._last = None
             leases: Sequence[tuple[asyncio.AbstractEventLoop, Lease]] = list(self._leases.items())
             self._leases.clear()
+        here = asyncio.get_running_loop()
+        for loop, lease in leases:
+            if loop is here:
+                lease.calls.close()
+            else:
+                with suppress(RuntimeError):  # a loop that is closed runs nothing any more
+                    loop.call_soon_threadsafe(lease.calls.close)
         for loop, lease in leases:
             if lease.face is not None:
                 await _give_back(loop, lease.face)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -607,3 +608,81 @@ async def test_closing_the_model_ends_what_is_in_flight(server: Server) -> None:
         await model.generate("x")
     await model.aclose()
     await place.until(open=0)
+
+
+async def read_through(model: Model) -> None:
+    async with model.stream("x") as stream:
+        await stream.response()
+
+
+async def test_closing_the_model_ends_the_streams_that_are_read(server: Server) -> None:
+    """Each is ClosedError at once, also where aiohttp does not tell its readers that their connection was closed."""
+    place = server.script(Answer(content="one two", fault="hang_in_body", after=2))
+    model = model_at(place.url, policies=())
+    streams = [asyncio.create_task(read_through(model)) for _ in range(3)]
+    whole = asyncio.create_task(model.generate("x"))
+    await place.until(in_progress=4)
+    async with model.stream("x") as stream:
+        await anext(aiter(stream))
+        await model.aclose()
+        with pytest.raises(ClosedError):
+            await stream.response()
+    done, waiting = await asyncio.wait([*streams, whole], timeout=5)
+    assert not waiting
+    assert {type(task.exception()) for task in done} == {ClosedError}
+    assert [task.cancelling() for task in done] == [0, 0, 0, 0]
+    assert_idle(model)
+    await place.until(open=0)
+
+
+async def test_closing_one_model_leaves_those_that_share_its_client(server: Server) -> None:
+    """Only its own calls end."""
+    place = server.script(Answer(fault="hang_in_body", after=2), Answer(content="one two three", interval=0.01))
+    ours, theirs = model_at(place.url, policies=()), model_at(place.url, policies=())
+    async with theirs:
+        closed = asyncio.create_task(read_through(ours))
+        await place.until(in_progress=1)
+        async with theirs.stream("x") as stream:
+            await anext(aiter(stream))
+            await ours.aclose()
+            assert (await stream.response()).content == "one two three"
+        with pytest.raises(ClosedError):
+            await closed
+        assert_idle(theirs)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_closing_from_another_thread(server: Server, streaming: bool) -> None:
+    """Whoever waits in his own thread, or on another event loop, has ClosedError."""
+    place = server.script(Answer(content="one two", fault="hang_in_body", after=2))
+    model = model_at(place.url, policies=())
+
+    def ask() -> None:
+        if not streaming:
+            model.sync.generate("x")
+        with model.sync.stream("x") as stream:
+            stream.response()
+
+    async def ask_here() -> None:
+        await (read_through(model) if streaming else model.generate("x"))
+
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask), pool.submit(asyncio.run, ask_here())]
+        asyncio.run(place.until(in_progress=2))
+        model.sync.close()
+        assert [type(one.exception(5)) for one in asked] == [ClosedError, ClosedError]
+    assert_idle(model)
+
+
+async def test_a_cancellation_of_the_callers_own_beats_closing(server: Server) -> None:
+    """Whoever is cancelled and closed at once is cancelled."""
+    place = server.script(Answer(fault="hang"))
+    model = model_at(place.url, policies=())
+    task = asyncio.create_task(model.generate("x"))
+    await place.until(in_progress=1)
+    task.cancel()
+    await model.aclose()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert task.cancelled()
+    assert_idle(model)
