@@ -16,7 +16,7 @@ from asyncmodels.errors import ClosedError, ConfigurationError, TransportError, 
 from asyncmodels.model import Messages, Model
 from asyncmodels.remote.bedrock_calls import Waiting
 from asyncmodels.remote.bedrock_client import Clients, Lease, service_members
-from asyncmodels.remote.bedrock_config import Configured, configured, own_client
+from asyncmodels.remote.bedrock_config import check_limits, configured, own_client
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.converse import (
@@ -45,8 +45,13 @@ class BedrockModel(Model):
 
     ``client_kwargs`` are those of aiobotocore's (and boto3's) ``create_client``, and ``profile_name``; models that give
     the same share one client and its connections. ``client`` is a bedrock-runtime client of aioboto3 or aiobotocore
-    instead, which stays the caller's to close. ``api_key`` is a Bedrock API key; without it, and without credentials in
-    ``client_kwargs``, AWS_BEARER_TOKEN_BEDROCK is one. Where neither says it, AWS_REGION is the region, too.
+    instead, which stays the caller's to close. It goes on as it was made: where it retries by itself, which is
+    botocore's default, ``retry`` is off here, and ``max_concurrency`` is its ``max_pool_connections``, botocore's 10
+    unless its maker said more. To have both from here, make it with
+    ``AioConfig(retries={"total_max_attempts": 1}, max_pool_connections=...)``.
+
+    ``api_key`` is a Bedrock API key; without it, and without credentials in ``client_kwargs``, AWS_BEARER_TOKEN_BEDROCK
+    is one. Where neither says it, AWS_REGION is the region, too.
 
     ``custom_role_conversions`` renames roles on the way out (``{"system": "user"}`` for models that know no system
     prompt), ``flatten_messages_as_text`` sends text parts as one string. ``structured_output`` says how
@@ -88,12 +93,14 @@ class BedrockModel(Model):
         if structured_output not in ("auto", "native", "tool"):
             raise ConfigurationError(f"structured_output is 'auto', 'native' or 'tool', not {structured_output!r}.")
         if client is not None:
-            found = Configured(Clients(None, own_client(client, client_kwargs, api_key)))
+            found = own_client(client, client_kwargs, api_key)
+            if policies is None:
+                check_limits(found, max_concurrency, retry)
         else:
             found = configured(client_kwargs, api_key, max_concurrency)
-            if policies is None:
-                max_concurrency = max_concurrency if max_concurrency is not None else found.max_concurrency
-                retry = found.retry if retry is True and found.retry is not None else retry
+        if policies is None:
+            max_concurrency = max_concurrency if max_concurrency is not None else found.max_concurrency
+            retry = found.retry if retry is True and found.retry is not None else retry
         settings, defaults = _split(parameters)
         dialect = Dialect(
             settings=settings,

@@ -39,8 +39,8 @@ class Configured:
     retry: bool | int | None = None
 
 
-def own_client(client: Any, client_kwargs: object, api_key: object) -> AioBaseClient:
-    """``client`` itself, where it is one that can be used. Raises ConfigurationError for one that cannot."""
+def own_client(client: Any, client_kwargs: object, api_key: object) -> Configured:
+    """The way to ``client``, and what it does by itself. Raises ConfigurationError for one that cannot be used."""
     if client_kwargs is not None or api_key is not None:
         raise ConfigurationError("A client has its configuration and its keys already: give it, or client_kwargs.")
     if not isinstance(client, AioBaseClient):
@@ -55,7 +55,32 @@ def own_client(client: Any, client_kwargs: object, api_key: object) -> AioBaseCl
     service = client.meta.service_model.service_name
     if service != SERVICE:
         raise ConfigurationError(f"The client is one for {service!r}; Converse is part of {SERVICE!r}.")
-    return client
+    config = client.meta.config
+    return Configured(
+        Clients(None, client),
+        max_concurrency=config.max_pool_connections,
+        retry=False if _attempts(config.retries or {}) > 1 else None,
+    )
+
+
+def _attempts(retries: Mapping[str, Any]) -> int:
+    """How often botocore sends a request at most."""
+    return int(retries.get("total_max_attempts") or (5 if retries.get("mode", "legacy") == "legacy" else 3))
+
+
+def check_limits(own: Configured, max_concurrency: object, retry: object) -> None:
+    """Raises ConfigurationError for limits that the client of ``own`` undermines, where nobody would see it."""
+    if own.retry is False and retry is not True:
+        raise ConfigurationError(
+            "The client retries by itself, which retry=... would multiply or miss: leave retry out, or make the client "
+            'with AioConfig(retries={"total_max_attempts": 1}).'
+        )
+    limit = own.max_concurrency
+    if limit is not None and isinstance(max_concurrency, int) and max_concurrency > limit:
+        raise ConfigurationError(
+            f"max_concurrency is {max_concurrency}, and the client has {limit} connections, for which calls would wait "
+            f"unseen: make it with AioConfig(max_pool_connections={max_concurrency})."
+        )
 
 
 def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max_concurrency: object) -> Configured:

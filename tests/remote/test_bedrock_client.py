@@ -14,6 +14,7 @@ import weakref
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,14 @@ from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore.config import Config
 
-from asyncmodels import BedrockModel, ConfigurationError, EventLoopError, InvalidRequestError
+from asyncmodels import (
+    BedrockModel,
+    ClosedError,
+    ConfigurationError,
+    EventLoopError,
+    InvalidRequestError,
+    OverloadedError,
+)
 from asyncmodels.policies.retry import Retry
 from asyncmodels.remote.bedrock import BedrockBackend
 from asyncmodels.remote.bedrock_client import Session
@@ -32,6 +40,7 @@ from tests.server.handle import Place, Server
 from tests.server.script import Answer
 
 WHERE = {"region_name": "us-east-1"}
+FOUR_TIMES = partial(Retry, attempts=4, wait_initial=0.001, wait_max=0.002)
 KEYS = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": "very-secret"}
 
 
@@ -232,8 +241,9 @@ def test_bad_parameters_are_refused_at_once(options: dict[str, Any], what: str) 
 
 
 @asynccontextmanager
-async def own_client(place: Place, service: str = "bedrock-runtime") -> AsyncIterator[Any]:
-    creating = AioSession().create_client(service, endpoint_url=place.url, **WHERE, **KEYS)
+async def own_client(place: Place, service: str = "bedrock-runtime", **options: Any) -> AsyncIterator[Any]:
+    config = AioConfig(**options) if options else None
+    creating = AioSession().create_client(service, endpoint_url=place.url, config=config, **WHERE, **KEYS)
     async with creating as client:
         yield client
 
@@ -248,6 +258,79 @@ async def test_a_client_of_the_users_own(server: Server) -> None:
                 assert model.statistics().links["BedrockBackend"].connections == {server.url: 1}
         await client.converse(modelId="m", messages=[{"role": "user", "content": [{"text": "x"}]}])
     assert place.seen().connections == 1
+
+
+@pytest.mark.parametrize(
+    ("retries", "requests"),
+    [
+        (None, 5),
+        ({"mode": "standard"}, 3),
+        ({"mode": "standard", "total_max_attempts": 2}, 2),
+        ({"total_max_attempts": 1}, 4),
+    ],
+    ids=str,
+)
+async def test_one_layer_retries_beside_a_client_of_the_users_own(
+    server: Server, monkeypatch: pytest.MonkeyPatch, retries: dict[str, Any] | None, requests: int
+) -> None:
+    """The client where it retries, as it was made to, and else ours: their attempts never multiply."""
+    monkeypatch.setattr("aiobotocore.endpoint.asyncio", _Hurried)
+    place = server.script(Answer(status=503))
+    wait = {"retry": FOUR_TIMES} if retries is not None and retries.get("total_max_attempts") == 1 else {}
+    options = {} if retries is None else {"retries": retries}
+    async with own_client(place, **options) as client, BedrockModel("m", client, **wait) as model:
+        with pytest.raises(OverloadedError):
+            await model.generate("x")
+    assert len(place.seen().requests) == requests
+
+
+class _Hurried:
+    """asyncio, where botocore waits between two attempts, without the wait."""
+
+    @staticmethod
+    async def sleep(_: float) -> None:
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("retry", [False, 3, FOUR_TIMES], ids=["none", "a number", "a policy"])
+async def test_a_retry_beside_a_client_that_retries(server: Server, retry: Any) -> None:
+    """It says how to make a client that does not; without one, or with policies, the caller has decided."""
+    async with own_client(server.script()) as client:
+        with pytest.raises(ConfigurationError, match=r'AioConfig\(retries={"total_max_attempts": 1}\)'):
+            BedrockModel("m", client, retry=retry)
+        assert not any(isinstance(link, Retry) for link in BedrockModel("m", client)._links())
+        assert not any(isinstance(link, Retry) for link in BedrockModel("m", client, policies=())._links())
+    async with own_client(server.script(), retries={"total_max_attempts": 1}) as client:
+        assert any(isinstance(link, Retry) for link in BedrockModel("m", client)._links())
+
+
+async def test_connections_of_the_users_own_client_limit_the_calls(server: Server) -> None:
+    """No call waits for a connection where its limit does not show it."""
+    async with own_client(server.script()) as client:
+        assert BedrockModel("m", client).statistics().links["Concurrency"].limit == 10
+        assert BedrockModel("m", client, max_concurrency=5).statistics().links["Concurrency"].limit == 5
+        with pytest.raises(ConfigurationError, match="max_pool_connections=20"):
+            BedrockModel("m", client, max_concurrency=20)
+    async with own_client(server.script(), max_pool_connections=20) as client:
+        assert BedrockModel("m", client, max_concurrency=20).statistics().links["Concurrency"].limit == 20
+
+
+async def test_closing_the_model_ends_calls_on_the_users_own_client(server: Server) -> None:
+    """They are ClosedError, and the client stays open."""
+    place = server.script(Answer(fault="hang_in_body", after=2), Answer(content="hi"))
+    async with own_client(place) as client:
+        model = BedrockModel("m", client)
+
+        async def read() -> None:
+            async with model.stream("x") as stream:
+                await stream.response()
+
+        task = asyncio.create_task(read())
+        await place.until(in_progress=1)
+        await model.aclose()
+        with pytest.raises(ClosedError):
+            await task
+        assert str(await BedrockModel("m", client).generate("x")) == "hi"
 
 
 async def test_a_client_of_aioboto3(server: Server) -> None:
