@@ -18,6 +18,7 @@ from asyncmodels.remote.bedrock_calls import Waiting
 from asyncmodels.remote.bedrock_client import Clients, Lease, service_members
 from asyncmodels.remote.bedrock_config import check_limits, configured, own_client
 from asyncmodels.remote.bedrock_errors import error_from
+from asyncmodels.remote.bedrock_secrets import Secrets
 from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.converse import (
     CONVERSE_PARAMETERS,
@@ -161,11 +162,11 @@ class BedrockBackend(Backend):
         extra=True,
     )
 
-    def __init__(self, model_id: str, clients: Clients, *, dialect: Dialect, secrets: Sequence[str] = ()) -> None:
+    def __init__(self, model_id: str, clients: Clients, *, dialect: Dialect, secrets: Secrets) -> None:
         self.model_id = model_id
         self._clients = clients
         self._dialect = dialect
-        self._secrets = _Secrets(secrets)
+        self._secrets = secrets
         self._asked = False
 
     async def generate(self, request: Request, /) -> Response:
@@ -283,12 +284,12 @@ class BedrockBackend(Backend):
             ours = ClosedError("This model was closed while the request was under way.")
         cause = error if ours is not error else error.__cause__
         text = f"{cause}{ours.message}{ours.code}"
-        for secret in self._secrets:
-            if secret in text:
-                ours.message = ours.message.replace(secret, "***")
-                ours.args = (ours.message, *ours.args[1:])
-                ours.code = None if ours.code is None else ours.code.replace(secret, "***")
-                cause = None
+        mask = self._secrets.mask
+        if mask(text) != text:
+            ours.message = mask(ours.message)
+            ours.args = (ours.message, *ours.args[1:])
+            ours.code = None if ours.code is None else mask(ours.code)
+            cause = None
         raise ours from cause
 
     async def aclose(self) -> None:
@@ -299,15 +300,6 @@ class BedrockBackend(Backend):
 
     def __repr__(self) -> str:
         return f"<BedrockBackend {self.model_id!r}>"
-
-
-class _Secrets(tuple[str, ...]):
-    """What must not show, not even by looking at who holds it."""
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} secrets>"
 
 
 def _last(reader: EventReader, matcher: StopMatcher | None, timing: Timing) -> Delta:

@@ -36,6 +36,7 @@ from botocore.tokens import FrozenAuthToken
 from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.remote.bedrock_calls import Calls
 from asyncmodels.remote.bedrock_errors import error_from
+from asyncmodels.remote.bedrock_secrets import mask_logs
 from asyncmodels.remote.pool import PoolStatistics
 
 __all__ = ["SERVICE", "Clients", "Lease", "Session", "Settings", "open_connections", "service_members"]
@@ -234,9 +235,11 @@ class Face:
 
     async def _make(self) -> AioBaseClient:
         settings = self._settings
+        mask_logs()
         session = await asyncio.to_thread(_new_session, settings)
         creating = session.create_client(SERVICE, config=settings.config, **settings.options)
         client = self.client = await creating.__aenter__()
+        mask_logs()  # botocore imports some of its parts when it needs them
         return client
 
     def _opened(self, task: asyncio.Task[AioBaseClient]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from botocore.config import Config
 
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.remote.bedrock_client import SERVICE, Clients, Session, Settings
+from asyncmodels.remote.bedrock_secrets import Secrets, mask_logs
 
 __all__ = ["Configured", "configured", "own_client"]
 
@@ -34,7 +35,7 @@ class Configured:
     """The way to the clients, and what else the arguments say."""
 
     clients: Clients
-    secrets: Sequence[str] = field(default=(), repr=False)
+    secrets: Secrets = field(default_factory=Secrets)
     max_concurrency: int | None = None
     retry: bool | int | None = None
 
@@ -56,6 +57,7 @@ def own_client(client: Any, client_kwargs: object, api_key: object) -> Configure
     if service != SERVICE:
         raise ConfigurationError(f"The client is one for {service!r}; Converse is part of {SERVICE!r}.")
     config = client.meta.config
+    mask_logs()
     return Configured(
         Clients(None, client),
         max_concurrency=config.max_pool_connections,
@@ -123,7 +125,7 @@ def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max
     secrets = [options.get("aws_secret_access_key"), options.get("aws_session_token"), key]
     return Configured(
         Clients(settings),
-        tuple(secret for secret in secrets if secret),
+        Secrets(secrets),
         max_concurrency=limit,
         retry=_retry(retries),
     )

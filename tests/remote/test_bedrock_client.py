@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import logging
 import ssl
 import subprocess
 import sys
@@ -32,10 +33,12 @@ from asyncmodels import (
     EventLoopError,
     InvalidRequestError,
     OverloadedError,
+    PermissionDeniedError,
 )
 from asyncmodels.policies.retry import Retry
 from asyncmodels.remote.bedrock import BedrockBackend
 from asyncmodels.remote.bedrock_client import Session
+from asyncmodels.remote.bedrock_secrets import Secrets, mask_logs
 from tests.server.handle import Place, Server
 from tests.server.script import Answer
 
@@ -587,3 +590,72 @@ def test_an_interpreter_that_exits_says_nothing(server: Server, ending: str) -> 
     command = [sys.executable, *warnings, "-c", program, url, str(server.ca_file)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"api_key": "bedrock-api-key-0123456789"},
+        {"api_key": None, **KEYS, "aws_session_token": "session-token-0123456789"},
+    ],
+    ids=["bearer", "session"],
+)
+async def test_keys_are_in_no_log(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: dict[str, Any]
+) -> None:
+    """Not where botocore logs what it sends at DEBUG, and not where a server repeats what it refuses."""
+    secrets = [value for name, value in given.items() if value and name != "aws_access_key_id"]
+    body = '{"message": "The keys ' + " ".join(secrets) + ' are not valid."}'
+    place = server.script(Answer(content="hi"), Answer(status=403, body=body))
+    caplog.set_level(logging.DEBUG, "")
+    async with model_at(place, **given) as model:
+        await model.generate("x")
+        with pytest.raises(PermissionDeniedError) as refused:
+            await model.generate("x")
+    logged = "\n".join([caplog.text, *map(str, (record.args for record in caplog.records))])
+    assert "Sending http request" in logged
+    assert "are not valid" in logged
+    for secret in secrets:
+        assert secret not in logged
+        assert secret not in str(refused.value)
+    assert all(request.header("authorization") for request in place.seen().requests)
+
+
+async def test_keys_that_botocore_found_are_in_no_log_of_what_is_sent(
+    server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A session token of the environment, and the client of the user's own."""
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "session-token-0123456789")
+    for name, value in KEYS.items():
+        monkeypatch.setenv(name.upper(), value)
+    place = server.script(Answer(content="hi"))
+    caplog.set_level(logging.DEBUG, "")
+    async with model_at(place, None) as model:
+        await model.generate("x")
+    creating = AioSession().create_client("bedrock-runtime", endpoint_url=place.url, **WHERE)
+    async with creating as client, BedrockModel("m", client) as model:
+        await model.generate("x")
+    assert caplog.text.count("Sending http request") == 2
+    assert "session-token" not in caplog.text
+
+
+def test_what_is_no_secret_is_logged_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing else changes, also where the message of a log does not fit its arguments."""
+    secrets = Secrets(["key-0123456789"])
+    mask_logs()
+    logger = logging.getLogger("botocore.endpoint")
+    caplog.set_level(logging.DEBUG, "botocore")
+    logger.debug("Sending %s: %s", "Authorization: AWS4-HMAC-SHA256 Credential=AKIA", {"bearer": "of good news"})
+    assert caplog.records[0].args == ("Authorization: AWS4-HMAC-SHA256 Credential=AKIA", {"bearer": "of good news"})
+    try:
+        raise ValueError("key-0123456789 is wrong")
+    except ValueError:
+        logger.debug("It failed.", exc_info=True)
+    assert "*** is wrong" in caplog.text
+    assert "key-0123456789" not in caplog.text
+    del secrets
+    logger.debug("key-0123456789")
+    assert "key-0123456789" in caplog.text
