@@ -18,6 +18,7 @@ from asyncmodels.remote.bedrock_calls import Waiting
 from asyncmodels.remote.bedrock_client import Clients, Lease, service_members
 from asyncmodels.remote.bedrock_config import check_limits, configured, own_client
 from asyncmodels.remote.bedrock_errors import error_from
+from asyncmodels.remote.bedrock_events import keep_exceptions
 from asyncmodels.remote.bedrock_secrets import Secrets
 from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.converse import (
@@ -213,6 +214,7 @@ class BedrockBackend(Backend):
                 except Exception as error:
                     self._fail(error)
             events = answer["stream"]
+            keep_exceptions(events)
             try:
                 reader = EventReader(
                     model_id=self.model_id,

@@ -118,6 +118,8 @@ _NUMBERS = (
 )
 
 _EXCERPT = 300
+_TAG = re.compile(r"<[^>]*>")
+"""A proxy's page of HTML comes without its tags."""
 
 
 def error_from(error: BaseException, *, opening: bool = False) -> AsyncModelsError:
@@ -135,6 +137,9 @@ def error_from(error: BaseException, *, opening: bool = False) -> AsyncModelsErr
     configuration = _configuration(error)
     if configuration is not None:
         return configuration
+    reading = _reading(error)
+    if reading is not None:
+        return reading
     if isinstance(error, TypeError | ValueError) and not isinstance(error, UnicodeError | aiohttp.ClientError):
         if opening:
             return ConfigurationError(f"client_kwargs do not fit aiobotocore's create_client: {_excerpt(error)}")
@@ -155,14 +160,14 @@ def _refusal(error: boto.ClientError) -> AsyncModelsError:
     name = code[:1].upper() + code[1:] if code else ""
     # Where an event says what went wrong, botocore makes a status up.
     status = None if in_stream else metadata.get("HTTPStatusCode")
-    message = _excerpt(details.get("Message") or response.get("message") or "")
+    message = _excerpt(_TAG.sub(" ", str(details.get("Message") or response.get("message") or "")[:2000]))
     kind = _kind(name, status, StreamError if in_stream else None)
     for general, pattern, special in _BY_MESSAGE:
         if kind is general and pattern.search(message):
             kind = special
             break
     headers = metadata.get("HTTPHeaders") or {}
-    what = name if name and not name.isdigit() else f"HTTP {status}"
+    what = name if name and not name.isdigit() else "with an error" if status is None else f"HTTP {status}"
     data: dict[str, Any] = {
         "status": status,
         "code": code if code is None or not code.isdigit() else None,
@@ -174,6 +179,28 @@ def _refusal(error: boto.ClientError) -> AsyncModelsError:
         requested, limit = _context_numbers(message)
         return ContextLengthError(text, requested=requested, limit=limit, **data)
     return kind(text, **data)
+
+
+def _reading(error: BaseException) -> AsyncModelsError | None:
+    """What botocore stumbles over while it reads an answer: JSON of another shape. None where that is not so."""
+    trace = error.__traceback__
+    while trace is not None:
+        frame = trace.tb_frame
+        if frame.f_globals.get("__name__") in ("aiobotocore.parsers", "botocore.parsers"):
+            # Only there is the status; without it a server that is down would not be asked again.
+            answer = frame.f_locals.get("response")
+            status = answer.get("status_code") if isinstance(answer, Mapping) else None
+            if isinstance(status, int) and status >= 400:
+                headers = answer.get("headers") or {} if isinstance(answer, Mapping) else {}
+                return _kind("", status, None)(
+                    f"Bedrock answered HTTP {status}, and no JSON object with it.",
+                    status=status,
+                    retry_after=retry_after(status, headers),
+                    request_id=headers.get("x-amzn-requestid"),
+                )
+            return InvalidResponseError("The answer is no Converse output: its JSON has another shape.")
+        trace = trace.tb_next
+    return None
 
 
 def _kind(name: str, status: int | None, default: type[AsyncModelsError] | None) -> type[AsyncModelsError]:
@@ -199,8 +226,7 @@ def _context_numbers(message: str) -> tuple[int | None, int | None]:
 
 
 def _excerpt(text: object) -> str:
-    plain = re.sub(r"<[^>]*>|\s+", " ", str(text)[:2000])
-    return re.sub(r"\s+", " ", plain).strip()[:_EXCERPT]
+    return re.sub(r"\s+", " ", str(text)[:2000]).strip()[:_EXCERPT]
 
 
 # -- nothing was sent -------------------------------------------------------------------------------------------------
@@ -244,7 +270,9 @@ def _configuration(error: BaseException) -> ConfigurationError | None:
 
 def _transport(error: BaseException) -> AsyncModelsError:
     inner = _innermost(error)
-    text = _excerpt(inner) or type(inner).__name__
+    # Where it has read a part of the head, aiohttp puts all of its own notes about it into the message.
+    cut_off = isinstance(inner, aiohttp.ServerDisconnectedError) and not isinstance(inner.message, str)
+    text = "the server disconnected" if cut_off else _excerpt(inner) or type(inner).__name__
     kind = _transport_kind(error, inner)
     return kind(f"The request to Bedrock failed: {text}.".replace("..", "."))
 

@@ -332,7 +332,7 @@ async def test_a_server_that_is_silent_for_too_long(server: Server) -> None:
 # -- answers that are none --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("body", ["<html>hello</html>", "{}", "[]", "", '{"output": null}', "not json"])
+@pytest.mark.parametrize("body", ["<html>hello</html>", "{}", "[]", "null", "5", "", '{"output": 5}', "not json"])
 async def test_a_good_status_with_nonsense(server: Server, body: str) -> None:
     """What is no Converse answer is InvalidResponseError, or an end that came too early, and never a KeyError."""
     async with model_at(server.script(Answer(body=body)).url, policies=()) as model:
@@ -342,6 +342,17 @@ async def test_a_good_status_with_nonsense(server: Server, body: str) -> None:
             async with model.stream("x") as stream:
                 await stream.response()
         assert_idle(model)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(503, OverloadedError), (403, PermissionDeniedError)])
+@pytest.mark.parametrize("body", ["null", "[]", '"no"', "5"])
+async def test_refusals_that_are_no_object(
+    server: Server, status: int, kind: type[AsyncModelsError], body: str
+) -> None:
+    """botocore stumbles over them; the status says what they are all the same."""
+    error = await failure(server.script(Answer(status=status, body=body)))
+    assert (type(error), error.status) == (kind, status)
+    assert "attribute" not in str(error)
 
 
 TEXT = json.dumps({"contentBlockDelta": {"contentBlockIndex": 0, "delta": {"text": "one "}}})
@@ -375,6 +386,24 @@ async def test_errors_inside_a_stream(server: Server, event: dict[str, Any], kin
         assert_idle(model)
     assert seen == ["one "]
     assert len(place.seen().requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("event", "code"),
+    [
+        ({"someNewException": {"message": "It is new."}}, "someNewException"),
+        ({"SomeNewException": {"Message": "It is new."}}, "SomeNewException"),
+        ({"error": {"code": "InternalFailure", "message": "It is new."}}, "InternalFailure"),
+    ],
+    ids=["small", "capital", "error"],
+)
+async def test_an_exception_that_nobody_knows_says_what_it_is(server: Server, event: dict[str, Any], code: str) -> None:
+    """Its name and its message are in the error."""
+    place = server.script(Answer(events=[json.dumps(event)]))
+    async with model_at(place.url, policies=()) as model:
+        with pytest.raises(StreamError, match=rf"{code[1:]}: It is new\.") as raised:
+            await read_through(model)
+    assert (raised.value.code, raised.value.status) == (code, None)
 
 
 async def test_a_stream_refused_at_first_is_tried_again(server: Server) -> None:
