@@ -124,6 +124,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "callable": {"anyio"},
     "policies.redis_store": {"redis"},
     "policies.retry": {"tenacity"},
+    "remote.aiohttp_protocol": {"aiohttp"},
     "remote.bedrock": {"aiobotocore"},
     "remote.bedrock_client": {"aiobotocore", "aiohttp", "botocore"},
     "remote.bedrock_config": {"aiobotocore", "botocore"},
@@ -136,6 +137,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "remote.huggingface": {"huggingface_hub"},
     "remote.litellm_call": {"httpx"},
     "remote.litellm_session": {"aiohttp", "litellm"},
+    "remote.litellm_wire": {"aiohttp"},
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, TypeAlias, Unpack
 
-from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import (
     AsyncModelsError,
     ConfigurationError,
@@ -20,14 +20,17 @@ from asyncmodels.errors import (
 )
 from asyncmodels.model import Model
 from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
+from asyncmodels.remote.in_flight import Waiting, WaitingCalls
 from asyncmodels.remote.litellm_call import DEFAULT_TIMEOUT, called, closed, own
 from asyncmodels.remote.litellm_errors import error_from_litellm, known_secrets
+from asyncmodels.remote.litellm_providers import capabilities_of, provider_of
 from asyncmodels.remote.litellm_reader import deltas_from, response_from_litellm
 from asyncmodels.remote.litellm_session import Sessions, litellm
+from asyncmodels.remote.litellm_wire import Wire
 from asyncmodels.remote.options import checked_conversions, require_model_id
 from asyncmodels.remote.wire import Dialect, request_body
 from asyncmodels.request import Parameters
-from asyncmodels.types import Delta, JSONSchema, Request, Response
+from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["LiteLLMBackend", "LiteLLMModel", "LiteLLMRouterModel", "LiteLLMStatistics"]
 
@@ -53,7 +56,9 @@ class LiteLLMModel(Model):
     litellm's own retries are off, and its downloads too unless LITELLM_LOCAL_MODEL_COST_MAP and
     LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS say otherwise. Providers that allow it share one aiohttp session per event
     loop. A parameter that litellm does not translate for the provider is an UnsupportedError before anything is sent,
-    except stop sequences, which are cut from the answer here in any case.
+    except stop sequences, which are cut from the answer here in any case, and the names of messages, which litellm
+    leaves out where the provider knows none. A stream that the provider ends in good order without a finish reason is
+    whole where litellm reads it through the shared session, and a TruncatedResponseError elsewhere.
 
     Raises MissingKeyError when the one key that the provider needs is nowhere, ConfigurationError for anything else
     that is wrong from the start.
@@ -76,12 +81,15 @@ class LiteLLMModel(Model):
         for name, value in (("api_base", api_base), ("api_key", api_key)):
             if not isinstance(value, str | None):
                 raise ConfigurationError(f"{name} must be a string, not {type(value).__name__}.")
+            if value == "":
+                raise ConfigurationError(f"{name} is empty; leave it out to have litellm look for it.")
         extra = defaults.get("extra") or {}
         if not isinstance(extra, Mapping) or not {"custom_llm_provider", "model_list"} & extra.keys():
             _require_provider(model_id, api_base)
         if api_base is None and api_key is None and not extra:
             _require_key(model_id)
-        flatten = model_id.startswith(_FLAT) if flatten_messages_as_text is None else flatten_messages_as_text
+        flatten = _checked_flattening(flatten_messages_as_text)
+        flatten = model_id.startswith(_FLAT) if flatten is None else flatten
         options: dict[str, Any] = {"timeout": DEFAULT_TIMEOUT}
         if api_base is not None:
             options["api_base"] = api_base
@@ -91,9 +99,8 @@ class LiteLLMModel(Model):
             model_id,
             litellm.acompletion,
             options=options,
-            dialect=Dialect(
-                role_conversions=checked_conversions(custom_role_conversions), flatten_messages=bool(flatten)
-            ),
+            dialect=Dialect(role_conversions=checked_conversions(custom_role_conversions), flatten_messages=flatten),
+            capabilities=capabilities_of([provider_of({"model": model_id, **options, **_mapping(extra)})]),
             secrets=frozenset(() if not api_key else (api_key,)),
         )
         super().__init__(
@@ -117,8 +124,9 @@ class LiteLLMRouterModel(Model):
 
     ``model_id`` is the name of the group, ``model_list`` and ``client_kwargs`` are those of ``litellm.Router``; of the
     latter ``num_retries`` becomes the number of our attempts, since the router's own retries are off, and its other
-    settings about retries are refused. A deployment that fails is chosen less by the router's own rules (its
-    ``cooldown_time``); when none is left, that is a RateLimitError which says how long. The rest is as with
+    settings about retries are refused, and those of the deployments do not count. What one of the deployments cannot do
+    is an UnsupportedError, whichever of them it would be. A deployment that fails is chosen less by the router's own
+    rules (its ``cooldown_time``); when none is left, that is a RateLimitError which says how long. The rest is as with
     LiteLLMModel. ``aclose`` takes the router's callbacks out of litellm's global lists.
     """
 
@@ -140,6 +148,7 @@ class LiteLLMRouterModel(Model):
         if not isinstance(client_kwargs, Mapping | None):
             raise ConfigurationError(f"client_kwargs must be a dict, not {type(client_kwargs).__name__}.")
         options = dict(client_kwargs or {})
+        flatten = bool(_checked_flattening(flatten_messages_as_text))
         retries = _retries(options)
         if retries is not None and retry is True and policies is None:
             retry = retries + 1 if retries else False
@@ -159,7 +168,11 @@ class LiteLLMRouterModel(Model):
                 model_id,
                 router.acompletion,
                 options={},
-                dialect=Dialect(role_conversions=conversions, flatten_messages=flatten_messages_as_text),
+                dialect=Dialect(role_conversions=conversions, flatten_messages=flatten),
+                capabilities=capabilities_of(
+                    provider_of({**options.get("default_litellm_params", {}), **deployment["litellm_params"]})
+                    for deployment in deployments
+                ),
                 secrets=secrets,
                 discard=router.discard,
             ),
@@ -185,24 +198,17 @@ class LiteLLMStatistics:
 _PLAIN_TOOLS = {"_skip_mcp_handler": True} if find_spec("mcp") is None else {}
 
 # What decides how a call is made, and how often, belongs to this module.
-_RESERVED = ("acompletion", "max_retries", "num_retries", "shared_session")
+_RETRIES = ("max_retries", "num_retries", "retry_policy", "retry_strategy")
+_RESERVED = ("acompletion", *_RETRIES, "shared_session")
+_NO_RETRIES = {"num_retries": 0, "max_retries": 0}
 
 
 class LiteLLMBackend(Backend):
     """The Backend of both models: ``complete`` is ``litellm.acompletion``, or a router's.
 
-    What the provider behind it can do is known to litellm, which refuses the rest before anything is sent.
+    What the provider behind it can do is known to litellm, which refuses the rest before anything is sent; what it
+    does not refuse, although it then leaves it out, is not in ``capabilities``.
     """
-
-    capabilities = Capabilities(
-        sampling=ALL_SAMPLING,
-        tools=True,
-        images=True,
-        logprobs=True,
-        response_format=True,
-        grammars=frozenset({JSONSchema}),
-        extra=True,
-    )
 
     def __init__(
         self,
@@ -211,16 +217,19 @@ class LiteLLMBackend(Backend):
         *,
         options: Mapping[str, Any],
         dialect: Dialect,
+        capabilities: Capabilities,
         secrets: frozenset[str] = frozenset(),
         discard: Callable[[], None] | None = None,
     ) -> None:
+        self.capabilities = capabilities
         self.model_id = model_id
         self._complete = complete
-        self._options = {**options, "num_retries": 0, "max_retries": 0}
+        self._options = {**options, **_NO_RETRIES}
         self._dialect = dialect
         self._secrets = secrets
         self._discard = discard
         self._sessions = Sessions()
+        self._calls = WaitingCalls()
         self._in_flight = 0
         self._sends_stops = True
 
@@ -228,7 +237,8 @@ class LiteLLMBackend(Backend):
         started = time.perf_counter()
         self._in_flight += 1
         try:
-            answer = await self._ask(request, stream=False)
+            with self._calls.call():
+                answer = await self._ask(request)
             return response_from_litellm(answer, request, started)
         finally:
             self._in_flight -= 1
@@ -238,9 +248,11 @@ class LiteLLMBackend(Backend):
         started = time.perf_counter()
         self._in_flight += 1
         try:
-            stream = await self._ask(request, stream=True)
+            call, wire = self._calls.call(), Wire()
+            with call:
+                stream = await self._ask(request, wire)
             try:
-                async with aclosing(self._deltas(stream, request, started)) as deltas:
+                async with aclosing(self._deltas(stream, request, started, call, wire)) as deltas:
                     yield deltas
             finally:
                 await closed(stream)
@@ -250,47 +262,65 @@ class LiteLLMBackend(Backend):
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
         return self._stream(request)
 
-    async def _deltas(self, stream: Any, request: Request, started: float) -> AsyncGenerator[Delta, None]:
+    async def _deltas(
+        self, stream: Any, request: Request, started: float, call: Waiting, wire: Wire
+    ) -> AsyncGenerator[Delta, None]:
         handled = sys.exception()
         try:
-            async for delta in deltas_from(stream, request, started):
-                yield delta
+            async with aclosing(deltas_from(stream, request, started, wire)) as deltas:
+                while True:
+                    with call:
+                        delta = await anext(deltas, None)
+                    if delta is None:
+                        return
+                    yield delta
         except AsyncModelsError:
             raise
         except Exception as error:
             raise error_from_litellm(error, self._secrets, handled=handled) from error
 
-    async def _ask(self, request: Request, *, stream: bool) -> Any:
+    async def _ask(self, request: Request, wire: Wire | None = None) -> Any:
+        """litellm's answer, or with ``wire`` its stream."""
         try:
-            return await self._send(request, stream=stream)
+            return await self._send(request, wire)
         except UnsupportedError as error:
             if not (self._sends_stops and request.stop_sequences and "'stop'" in error.message):
                 raise
         # Refused by litellm itself, before anything was sent: the stops are cut from the answer here.
         self._sends_stops = False
-        return await self._send(request, stream=stream)
+        return await self._send(request, wire)
 
-    async def _send(self, request: Request, *, stream: bool) -> Any:
+    async def _send(self, request: Request, wire: Wire | None) -> Any:
         for name in _RESERVED:
             if name in request.extra:
                 raise InvalidRequestError(f"extra sets {name!r}, which the model itself decides.")
-        body = request_body(request, self.model_id, self._dialect, stream=stream)
+        body = request_body(request, self.model_id, self._dialect, stream=wire is not None)
         if request.stop_sequences and not self._sends_stops:
             del body["stop"]
-        arguments = {**self._options, **own(body), "shared_session": self._sessions.session()}
+        try:
+            body = own(body)
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"The request cannot be written as JSON: it has text that is no Unicode ({error.reason})."
+            ) from error
+        arguments = {**self._options, **body, "shared_session": self._sessions.session()}
         if request.tools:
             arguments.update(_PLAIN_TOOLS)
         handled = sys.exception()
         try:
-            return await called(self._complete(**arguments))
+            return await called(self._complete(**arguments), wire)
         except Exception as error:
             raise error_from_litellm(error, self._secrets, handled=handled) from error
 
     async def aclose(self) -> None:
-        if self._discard is not None:
-            self._discard()
-            self._discard = None
-        await self._sessions.aclose()
+        """Ends the calls in flight with ClosedError, on whichever event loop they are."""
+        try:
+            await self._calls.close()
+        finally:
+            if self._discard is not None:
+                self._discard()
+                self._discard = None
+            await self._sessions.aclose()
 
     def statistics(self) -> LiteLLMStatistics:
         return LiteLLMStatistics(self._in_flight, self._sessions.connections())
@@ -323,6 +353,21 @@ def _require_key(model_id: str) -> None:
         raise MissingKeyError(f"No API key for {model_id!r}: pass api_key=..., or set {' or '.join(missing)}.")
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}  # what it is instead is refused with the other parameters
+
+
+def _checked_flattening(value: Any) -> bool | None:
+    if not isinstance(value, bool | None):
+        raise ConfigurationError(f"flatten_messages_as_text must be True or False, not {value!r}.")
+    return value
+
+
+def _without_retries(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of arguments of litellm's that ask for none; what says nothing would get litellm's global number."""
+    return {**{name: value for name, value in params.items() if name not in _RETRIES}, **_NO_RETRIES}
+
+
 def _checked_deployments(model_list: Any) -> list[dict[str, Any]]:
     """Copies of the deployments without the retries that they may ask for."""
     if not isinstance(model_list, Sequence) or isinstance(model_list, str | bytes) or not model_list:
@@ -330,12 +375,12 @@ def _checked_deployments(model_list: Any) -> list[dict[str, Any]]:
     deployments = []
     for deployment in model_list:
         params = deployment.get("litellm_params") if isinstance(deployment, Mapping) else None
-        if not isinstance(params, Mapping) or not params.get("model") or not deployment.get("model_name"):
+        names = () if not isinstance(params, Mapping) else (params.get("model"), deployment.get("model_name"))
+        if not isinstance(params, Mapping) or not all(name and isinstance(name, str) for name in names):
             raise ConfigurationError(
                 "Each deployment of model_list is a dict with a 'model_name' and 'litellm_params' with a 'model'."
             )
-        params = {name: value for name, value in params.items() if name not in ("num_retries", "max_retries")}
-        deployments.append({**deployment, "litellm_params": params})
+        deployments.append({**deployment, "litellm_params": _without_retries(params)})
     return deployments
 
 
@@ -353,6 +398,10 @@ def _retries(options: dict[str, Any]) -> int | None:
             raise ConfigurationError(
                 f"client_kwargs' {name} is about the router's own retries, which are off: use retry."
             )
+    defaults = options.get("default_litellm_params")
+    if not isinstance(defaults, Mapping | None):
+        raise ConfigurationError("client_kwargs' default_litellm_params must be a dict.")
+    options["default_litellm_params"] = _without_retries(defaults or {})
     retries = options.pop("num_retries", None)
     if retries is not None and (isinstance(retries, bool) or not isinstance(retries, int) or retries < 0):
         raise ConfigurationError(f"client_kwargs' num_retries must be a whole number, not {retries!r}.")

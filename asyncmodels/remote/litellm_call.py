@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 from collections.abc import Coroutine, Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 import httpx
 
 from asyncmodels.remote.litellm_session import litellm
+from asyncmodels.remote.litellm_wire import WIRE, Wire
 
 __all__ = ["DEFAULT_TIMEOUT", "called", "closed", "own"]
 
@@ -23,22 +25,34 @@ _TICKS = 100
 
 
 def own(value: Any) -> Any:
-    """A copy of JSON-like ``value`` that litellm may write into: its providers cut schemas and messages to size."""
+    """A copy of JSON-like ``value`` that litellm may write into: its providers cut schemas and messages to size.
+
+    Raises UnicodeEncodeError for text that cannot be sent.
+    """
+    if isinstance(value, str):
+        # Nearly all text is ASCII, which Python knows without looking.
+        if not value.isascii():
+            value.encode()
+        return value
     if isinstance(value, Mapping):
-        return {name: own(inner) for name, inner in value.items()}
+        return {own(name): own(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [own(inner) for inner in value]
     return value
 
 
-async def called(call: Coroutine[Any, Any, T]) -> T:
+async def called(call: Coroutine[Any, Any, T], wire: Wire | None = None) -> T:
     """What ``call``, a coroutine of litellm's, returns; when this is cancelled, it is over before this is.
+
+    ``wire`` is told what comes back over aiohttp.
 
     litellm prepares each call in a thread, which makes the coroutine that then does the work. Cancelled in between,
     that coroutine would be dropped, and Python complain that nobody awaited it; so the thread, a matter of
     milliseconds, is waited for. A call that waits longer has no thread yet, and can be cancelled without harm.
     """
-    task = asyncio.ensure_future(call)
+    context = contextvars.copy_context()
+    context.run(WIRE.set, wire)
+    task = asyncio.get_running_loop().create_task(call, context=context)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:

@@ -46,6 +46,7 @@ from asyncmodels.errors import (
     UnsupportedError,
 )
 from asyncmodels.remote.answer import without
+from asyncmodels.remote.litellm_wire import ReportedError
 from asyncmodels.remote.status import error_from_body, error_from_response
 
 __all__ = ["error_from_litellm", "known_secrets"]
@@ -127,6 +128,8 @@ _STUMBLES = ("JSONDecodeError", "ValidationError", "AttributeError", "AssertionE
 _UNREADABLE = re.compile(r"(?i)invalid response|provider returned 'choices'")
 _NO_KEY = re.compile(r"(?i)api_key client option must be set|missing (?:credentials|(?:\w+ )?api key)|no api key")
 _PREFIX = re.compile(r"^(?:litellm\.\w+: |\w*(?:Error|Exception)(?: - |: ))+")
+# What litellm's router adds for its own log.
+_GROUPS = re.compile(r"\.? Received Model Group=.*", re.DOTALL)
 _EXCERPT = 300
 _MASK = "***"
 # Shorter values are words, not secrets.
@@ -146,7 +149,8 @@ def error_from_litellm(
     secrets = {*secrets, *known_secrets(os.environ)}
     _mask(chain, secrets)
     found = (
-        _of_answer(chain)
+        _of_report(chain)
+        or _of_answer(chain)
         or _of_connection(chain)
         or _of_stream(chain)
         or _of_router(error)
@@ -181,6 +185,15 @@ def _names(error: BaseException) -> Iterator[str]:
 
 
 # -- the provider's own answer ----------------------------------------------------------------------------------------
+
+
+def _of_report(chain: list[BaseException]) -> AsyncModelsError | None:
+    for error in chain:
+        if isinstance(error, ReportedError):
+            return error_from_body(
+                error.reported, default=ServerError, request_id=error.request_id, error_type=error.error_type
+            )
+    return None
 
 
 def _of_answer(chain: list[BaseException]) -> AsyncModelsError | None:
@@ -277,10 +290,18 @@ def _of_stumble(chain: list[BaseException]) -> AsyncModelsError | None:
         return InvalidRequestError(f"The request cannot be written as JSON: {message}")
     if _class_of(chain[0]) not in (ServerError, ConnectionLostError, OverloadedError):
         return None
+    if any(_breaks_off(error) for error in chain):
+        return TruncatedResponseError("The answer broke off: it is the beginning of a JSON object.")
     stumbled = any(name in _STUMBLES for error in chain[1:] for name in _names(error))
     if stumbled or any(_UNREADABLE.search(str(error)) for error in chain):
         return InvalidResponseError(f"The answer is not what litellm expects: {message}")
     return None
+
+
+def _breaks_off(error: BaseException) -> bool:
+    # Where litellm has a connection of its own, this is all that is left of how the body ended.
+    text = getattr(error, "doc", None)
+    return isinstance(text, str) and text.lstrip().startswith("{") and not text.rstrip().endswith("}")
 
 
 def _of_class(chain: list[BaseException]) -> AsyncModelsError:
@@ -321,7 +342,7 @@ def _message(error: BaseException) -> str:
 
 def _excerpt(text: str) -> str:
     # Some messages hold a whole traceback, which is in the cause anyway.
-    return " ".join(text.partition("Traceback (most recent call last)")[0].split())[:_EXCERPT]
+    return " ".join(_GROUPS.sub("", text.partition("Traceback (most recent call last)")[0]).split())[:_EXCERPT]
 
 
 def _mask(chain: list[BaseException], secrets: Collection[str]) -> None:
@@ -339,7 +360,7 @@ def _mask(chain: list[BaseException], secrets: Collection[str]) -> None:
 
     for error in chain:
         error.args = masked(error.args)
-        for name in ("message", "body", "litellm_debug_info"):
+        for name in ("message", "body", "litellm_debug_info", "reported"):
             value = getattr(error, name, None)
             if value is not None:
                 try:

@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from asyncmodels.errors import InvalidResponseError, TruncatedResponseError
+from asyncmodels.remote.litellm_wire import Wire
 from asyncmodels.remote.logprob_gate import LogprobGate
 from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
@@ -40,7 +41,7 @@ def response_from_litellm(answer: Any, request: Request, started: float) -> Resp
     return response
 
 
-async def deltas_from(stream: Any, request: Request, started: float) -> AsyncGenerator[Delta, None]:
+async def deltas_from(stream: Any, request: Request, started: float, wire: Wire) -> AsyncGenerator[Delta, None]:
     """The Deltas of a ``litellm.CustomStreamWrapper``; raises TruncatedResponseError when it is cut off."""
     source, reader = _source(stream), ChunkReader()
     named = _Named.under(source)
@@ -66,7 +67,7 @@ async def deltas_from(stream: Any, request: Request, started: float) -> AsyncGen
                 return
             delta = evolve(delta, content=text, logprobs=shown)
         yield delta
-    if _require_end(source):
+    if _require_end(source, wire):
         usage = _reported_usage(source)
     reader.read({"usage": _usage(usage)})
     timing = Timing(first_token=first_token, service=time.perf_counter() - started)
@@ -119,7 +120,7 @@ class _Named:
         return getattr(self._chunks, name)  # litellm closes it, each kind by a name of its own
 
 
-def _require_end(source: Any) -> bool:
+def _require_end(source: Any, wire: Wire) -> bool:
     """Whether ``source`` has told the whole story: it has not when the router turned to another in the middle.
 
     Raises TruncatedResponseError where litellm ends a stream that the provider did not end.
@@ -127,7 +128,7 @@ def _require_end(source: Any) -> bool:
     if not getattr(source, "sent_last_chunk", False):
         return False
     reasons = (getattr(source, "received_finish_reason", None), getattr(source, "intermittent_finish_reason", None))
-    if any(reasons):
+    if any(reasons) or wire.ended:
         return True
     headers = getattr(source, "_response_headers", None) or {}
     if not getattr(source, "chunks", None) and "event-stream" not in headers.get("content-type", ""):

@@ -22,6 +22,8 @@ from weakref import WeakKeyDictionary
 import aiohttp
 
 from asyncmodels.errors import ClosedError
+from asyncmodels.remote.aiohttp_protocol import guarded
+from asyncmodels.remote.litellm_wire import WireResponse
 
 _FIRST = "litellm" not in sys.modules
 for _name in ("LITELLM_LOCAL_MODEL_COST_MAP", "LITELLM_LOCAL_ANTHROPIC_BETA_HEADERS"):
@@ -100,7 +102,8 @@ class _Shared:
         if session is None or session.closed:
             session = self._session = aiohttp.ClientSession(
                 # How many calls are in flight is decided above, so that no connection needs to queue here.
-                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ttl_dns_cache=_NAMES),
+                connector=guarded(aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ttl_dns_cache=_NAMES)),
+                response_class=WireResponse,
                 # What one provider sets must not travel with another provider's requests.
                 cookie_jar=aiohttp.DummyCookieJar(),
             )

@@ -300,13 +300,67 @@ async def test_what_cannot_be_sent_is_not(server: Server) -> None:
             await gpt5.generate("x", presence_penalty=1.0)
         with pytest.raises(UnsupportedError, match="n"):
             await model.generate("x", extra={"n": 2})
-        for name in ("num_retries", "max_retries", "shared_session", "messages"):
+        for name in ("num_retries", "max_retries", "retry_policy", "shared_session", "messages"):
             with pytest.raises(InvalidRequestError, match=name):
                 await model.generate("x", extra={name: 3})
         with pytest.raises(InvalidRequestError, match="JSON"):
             await model.generate("x", extra={"thing": object()})
+        for call in (
+            model.generate("\ud800"),
+            model.generate("x", extra={"\udfff": 1}),
+            model.stream("\ud800").response(),
+        ):
+            with pytest.raises(InvalidRequestError, match="no Unicode"):
+                await call
         assert_idle(model)
     assert place.seen().requests == []
+
+
+def weather(city: str) -> str:
+    """Tells the weather."""
+    return city
+
+
+@pytest.mark.parametrize(
+    ("model_id", "choices"),
+    [
+        ("ollama/llama3", ("required", "none", "weather")),
+        ("ollama_chat/llama3", ("required", "none", "weather")),
+        ("cohere_chat/command-r", ("required", "none", "weather")),
+        ("cohere/command-r", ("required", "none", "weather")),
+        ("mistral/mistral-large-latest", ("weather",)),
+        ("codestral/codestral-latest", ("weather",)),
+        ("deepinfra/m", ("none", "weather")),
+        ("moonshot/kimi-k2", ("required",)),
+    ],
+)
+async def test_a_choice_of_tool_that_litellm_drops_is_refused(
+    server: Server, model_id: str, choices: tuple[str, ...]
+) -> None:
+    """Else the model would do as it likes, and nobody know; what is sent all the same is what every model does."""
+    place = server.script(Answer())
+    async with model_at(place, model_id, policies=[]) as model:
+        for choice in choices:
+            with pytest.raises(UnsupportedError):
+                await model.generate("x", tools=[weather], tool_choice=choice)
+        assert "auto" in model.capabilities.tool_choice
+    assert place.seen().requests == []
+
+
+async def test_sampling_that_litellm_drops_is_refused(server: Server) -> None:
+    """By the provider that the name stands for, or that extra names."""
+    place = server.script(Answer())
+    async with (
+        model_at(place, "gemini/gemini-2.0-flash") as gemini,
+        model_at(place, "m", extra={"custom_llm_provider": "gemini"}) as named,
+        model_at(place, "hosted_vllm/m") as vllm,
+    ):
+        for model in (gemini, named):
+            with pytest.raises(UnsupportedError, match="min_p"):
+                await model.generate("x", min_p=0.1)
+        assert place.seen().requests == []
+        await vllm.generate("x", min_p=0.1, tools=[weather], tool_choice="weather")
+    assert place.seen().requests[0].json()["min_p"] == 0.1
 
 
 ANTHROPIC = {
@@ -373,6 +427,12 @@ async def test_load_reads_the_environment(server: Server, monkeypatch: pytest.Mo
         ({"model_id": "no-such-provider-model"}, ConfigurationError, "knows no provider"),
         ({"model_id": "openai/m", "api_base": 3}, ConfigurationError, "api_base must be a string"),
         ({"model_id": "openai/m", "api_key": b"k"}, ConfigurationError, "api_key must be a string"),
+        ({"model_id": "openai/m", "api_key": ""}, ConfigurationError, "api_key is empty"),
+        (
+            {"model_id": "openai/m", "api_key": "k", "flatten_messages_as_text": "yes"},
+            ConfigurationError,
+            "flatten_messages_as_text must be",
+        ),
         ({"model_id": "openai/m", "api_key": "k", "custom_role_conversions": 3}, ConfigurationError, "dict of roles"),
         ({"model_id": "openai/m", "api_key": "k", "temprature": 3}, InvalidRequestError, "temperature"),
         ({"model_id": "openai/m", "api_key": "k", "policies": 3}, ConfigurationError, "list of policies"),

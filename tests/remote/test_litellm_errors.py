@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import inspect
 import json
 import logging
@@ -276,6 +278,95 @@ async def test_a_good_status_with_nonsense(server: Server, body: str) -> None:
         assert model.statistics().links["LiteLLMBackend"].in_flight == 0
 
 
+CUT: list[tuple[Fault, str]] = [
+    ("short", "openai/m"),
+    ("cut", "openai/m"),
+    ("reset_in_body", "openai/m"),
+    # litellm has a connection of its own for it.
+    ("short", "anthropic/claude-sonnet-4-5"),
+    ("reset_in_body", "anthropic/claude-sonnet-4-5"),
+]
+
+
+@pytest.mark.parametrize(("fault", "model_id"), CUT)
+async def test_a_body_that_breaks_off(server: Server, fault: Fault, model_id: str) -> None:
+    """A whole answer that is not whole is a broken connection, which another attempt may mend."""
+    place = server.script(Answer(fault=fault, after=1))
+    async with model_at(place, model_id, policies=[]) as model:
+        with pytest.raises((TruncatedResponseError, ConnectionLostError)) as caught:
+            await model.generate("x")
+    assert caught.value.retryable
+    assert len(place.seen().requests) == 1
+
+
+async def test_a_body_that_breaks_off_is_asked_for_again(server: Server) -> None:
+    """And then it is whole."""
+    place = server.script(Answer(fault="short"), Answer(content="ok"))
+    async with model_at(place) as model:
+        assert (await model.generate("x")).attempts == 2
+
+
+async def test_a_chunk_that_is_none(server: Server) -> None:
+    """What is no HTTP in mid-body ends the answer, for which aiohttp would wait without end."""
+    place = server.script(Answer(content="a b c", fault="bad_chunk", after=2), Answer(fault="bad_chunk"))
+    async with model_at(place, policies=[]) as model:
+        with pytest.raises(asyncmodels.TransportError):
+            await model.stream("x", idle_timeout=20).response()
+        with pytest.raises(asyncmodels.TransportError):
+            await model.generate("x", timeout=20)
+
+
+REPORTS = [
+    (refusal("boom", code="odd", type="odd"), ServerError),
+    (json.dumps({"error": "boom"}), ServerError),
+    (refusal("boom", code="429"), RateLimitError),
+    (refusal("boom", code="content_filter"), ContentFilterError),
+]
+
+
+@pytest.mark.parametrize(("body", "kind"), REPORTS)
+@pytest.mark.parametrize("compressed", [False, True])
+async def test_an_error_with_a_good_status_is_the_providers(
+    server: Server, body: str, kind: type[AsyncModelsError], compressed: bool
+) -> None:
+    """By its code and with its words, whole, and where a stream was asked for; gateways do this."""
+    headers = [("x-request-id", "req-7")]
+    if compressed:
+        packed = base64.b64encode(gzip.compress(body.encode())).decode()
+        answer = Answer(
+            body=packed,
+            base64=True,
+            headers=[*headers, ("content-encoding", "gzip"), ("content-type", "application/json")],
+        )
+    else:
+        answer = Answer(body=body, headers=headers)
+    async with model_at(server.script(answer), policies=[]) as model:
+        for call in (model.generate("x"), model.stream("x").response()):
+            with pytest.raises(AsyncModelsError, match="boom") as caught:
+                await call
+            assert type(caught.value) is kind
+            assert caught.value.request_id == "req-7"
+
+
+async def test_keys_stay_out_of_an_error_with_a_good_status(server: Server) -> None:
+    """Of it and of its causes."""
+    async with model_at(server.script(Answer(body=refusal(f"key {KEY}"))), policies=[]) as model:
+        with pytest.raises(ServerError) as caught:
+            await model.generate("x")
+    told = "".join(traceback.format_exception(caught.value))
+    for error in (caught.value, caught.value.__cause__):
+        told += f"{error!r} {vars(error)}"
+    assert KEY not in told
+
+
+async def test_an_answer_with_an_empty_error_is_good(server: Server) -> None:
+    """Some servers name the field in every answer."""
+    choice = {"message": {"content": "hi"}, "finish_reason": "stop"}
+    place = server.script(Answer(body=json.dumps({"error": None, "choices": [choice]})))
+    async with model_at(place) as model:
+        assert str(await model.generate("x")) == "hi"
+
+
 async def test_an_error_object_with_a_good_status(server: Server) -> None:
     """Gateways do this; the code decides what it is."""
     body = refusal("slow down", code=429)
@@ -318,6 +409,14 @@ async def test_a_finished_stream_without_its_end_mark(server: Server) -> None:
     place = server.script(Answer(content="a b", done=False))
     async with model_at(place) as model:
         assert (await model.stream("x").response()).content == "a b"
+
+
+async def test_an_end_mark_without_a_finish_reason(server: Server) -> None:
+    """A provider that says that the stream ends here has ended it, whatever else it leaves out."""
+    place = server.script(Answer(events=[chunk({"content": "a"}), chunk({"content": "b"}), "[DONE]"]))
+    async with model_at(place, policies=[]) as model:
+        response = await model.stream("x").response()
+    assert (response.content, response.finish_reason, response.usage) == ("ab", "stop", None)
 
 
 async def test_a_stream_refused_at_first_is_tried_again(server: Server) -> None:

@@ -13,6 +13,7 @@ from asyncmodels import (
     AuthenticationError,
     Concurrency,
     ConfigurationError,
+    InvalidResponseError,
     LiteLLMRouterModel,
     Model,
     RateLimitError,
@@ -20,6 +21,7 @@ from asyncmodels import (
     Retry,
     ServerError,
     TruncatedResponseError,
+    UnsupportedError,
     Usage,
 )
 from asyncmodels.remote.litellm_session import litellm
@@ -85,6 +87,54 @@ async def test_only_our_chain_retries(server: Server, status: int) -> None:
     async with router_over(place) as model:
         assert (await model.generate("x")).attempts == 2
     assert len(place.seen().requests) == 2
+
+
+async def test_no_default_asks_for_retries(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the router's deployments, and not litellm's own for the whole process."""
+    monkeypatch.setattr(litellm, "num_retries", 2)
+    place = server.script(Answer(status=500))
+    defaults = {"default_litellm_params": {"max_retries": 2, "num_retries": 2, "timeout": 30}}
+    for count, options in enumerate((defaults, {}), start=1):
+        async with router_over(place, policies=[], client_kwargs=options) as model:
+            with pytest.raises(ServerError):
+                await model.generate("x")
+            with pytest.raises(ServerError):
+                await model.stream("x").response()
+        assert len(place.seen().requests) == 2 * count
+    assert defaults["default_litellm_params"]["max_retries"] == 2
+
+
+async def test_bad_answers(server: Server) -> None:
+    """Broken off, or an error with a good status: typed as without the router, asked once, in the provider's words."""
+    error = '{"error": {"message": "boom", "code": "odd"}}'
+    for answer, kind in (
+        (Answer(body=error), ServerError),
+        (Answer(fault="short"), TruncatedResponseError),
+        (Answer(content="a b c", fault="cut", after=2), TruncatedResponseError),
+    ):
+        place = server.script(answer)
+        async with router_over(place, policies=[]) as model:
+            for count, call in enumerate((model.generate("x"), model.stream("x").response()), start=1):
+                with pytest.raises(kind) as caught:
+                    await call
+                assert caught.value.retryable
+                assert "Model Group" not in str(caught.value)
+                assert len(place.seen().requests) == count
+    async with router_over(server.script(Answer(body="null")), policies=[]) as model:
+        with pytest.raises(InvalidResponseError) as nonsense:
+            await model.generate("x")
+    assert "Model Group" not in str(nonsense.value)
+
+
+async def test_what_one_deployment_cannot_do_is_refused(server: Server) -> None:
+    """The router might choose it."""
+    place = server.script(Answer())
+    both = [deployment(place), deployment(place, model="mistral/mistral-large-latest")]
+    tool = {"name": "f", "description": "", "parameters": {}}
+    async with LiteLLMRouterModel("g", both, policies=[]) as model:
+        with pytest.raises(UnsupportedError):
+            await model.generate("x", tools=[tool], tool_choice="f")
+    assert place.seen().requests == []
 
 
 async def test_an_error_is_the_providers(server: Server) -> None:
@@ -202,6 +252,10 @@ GOOD = {"model_name": "g", "litellm_params": {"model": "openai/m", "api_key": KE
         ({"model_list": "g"}, "list of deployments"),
         ({"model_list": [3]}, "Each deployment"),
         ({"model_list": [{"model_name": "g"}]}, "Each deployment"),
+        ({"model_list": [{**GOOD, "model_name": 5}]}, "Each deployment"),
+        ({"model_list": [{"model_name": "g", "litellm_params": {"model": 5}}]}, "Each deployment"),
+        ({"model_list": [GOOD], "flatten_messages_as_text": "yes"}, "flatten_messages_as_text must be"),
+        ({"model_list": [GOOD], "client_kwargs": {"default_litellm_params": 3}}, "must be a dict"),
         (
             {"model_list": [{"model_name": "other", "litellm_params": GOOD["litellm_params"]}]},
             "no deployment named 'g'",
