@@ -110,7 +110,7 @@ def test_a_stream_that_nobody_reads_any_more_ends() -> None:
 def test_an_interrupt_ends_the_request() -> None:
     """Ctrl-C in an agent's call, or in its stream, cancels what it waits for, at once."""
     script = """
-    import math, sys
+    import math, sys, threading
     from asyncmodels import Delta, Model
     from asyncmodels.integrations.smolagents import SmolagentsModel
     from asyncmodels.testing import Delay, ScriptedBackend
@@ -119,19 +119,28 @@ def test_an_interrupt_ends_the_request() -> None:
     model = SmolagentsModel(Model(backend))
     messages = [{"role": "user", "content": "Hello"}]
 
+    def tell(requests):
+        # An interrupt before the main thread waits for the answer would not be one of the call.
+        while len(backend.requests) < requests or not waits():
+            pass
+        print("ready", flush=True)
+
+    def waits():
+        frame = sys._current_frames()[threading.main_thread().ident]
+        top, names = frame.f_code, []
+        while frame is not None:
+            names.append(frame.f_globals["__name__"])
+            frame = frame.f_back
+        waiting = top.co_filename == threading.__file__ or top.co_name == "__next__"
+        return waiting and "asyncmodels.sync" in names
+
     def read():
         for _ in model.generate_stream(messages):
-            print("ready", flush=True)
+            threading.Thread(target=tell, args=(1,)).start()
 
     def ask():
-        backend._lock  # the request is under way when it has been recorded
-        import threading
-        threading.Thread(target=lambda: (wait(), print("ready", flush=True))).start()
+        threading.Thread(target=tell, args=(2,)).start()
         model.generate(messages)
-
-    def wait():
-        while len(backend.requests) < 2:
-            pass
 
     for work in (read, ask):
         try:
