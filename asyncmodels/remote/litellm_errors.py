@@ -175,9 +175,10 @@ def _chain(error: BaseException | None, handled: BaseException | None) -> Iterat
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        # An error in the middle of a stream is wrapped for litellm's router, and keeps the original beside it.
-        original = getattr(error, "original_exception", None)
-        error = original if isinstance(original, BaseException) else error.__cause__ or error.__context__
+        # An error in the middle of a stream is wrapped for litellm's router, and keeps the original beside it; that
+        # one may come from the wrapper in turn.
+        sources = (getattr(error, "original_exception", None), error.__cause__, error.__context__)
+        error = next((made for made in sources if isinstance(made, BaseException) and id(made) not in seen), None)
 
 
 def _names(error: BaseException) -> Iterator[str]:
