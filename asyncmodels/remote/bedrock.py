@@ -25,7 +25,9 @@ from asyncmodels.remote.converse import (
     CONVERSE_PARAMETERS,
     ConverseParameters,
     Dialect,
+    FormatTool,
     StructuredOutput,
+    check_dicts,
     inference_fields,
     request_params,
 )
@@ -131,6 +133,7 @@ AmazonBedrockModel = BedrockModel
 def _split(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Converse's own parameters, and the fields of Request, to which the fields of ``inferenceConfig`` belong."""
     settings = {name: value for name, value in parameters.items() if name in CONVERSE_PARAMETERS and value is not None}
+    check_dicts(settings)
     defaults = {name: value for name, value in parameters.items() if name not in CONVERSE_PARAMETERS}
     for name, value in inference_fields(settings.pop("inferenceConfig", {})).items():
         if defaults.get(name) is not None:
@@ -269,14 +272,18 @@ class BedrockBackend(Backend):
         if client is None:
             client = await lease.open()
         if not self._asked:
-            knows_output_config, knows_strict_tools = service_members(client)
+            parameters, blocks, strict = service_members(client)
             self._dialect = replace(
-                self._dialect, knows_output_config=knows_output_config, knows_strict_tools=knows_strict_tools
+                self._dialect,
+                knows_output_config="outputConfig" in parameters,
+                knows_strict_tools=strict,
+                parameters=parameters,
+                blocks=blocks,
             )
             self._asked = True
         return client
 
-    def _params(self, request: Request, *, stream: bool) -> tuple[dict[str, Any], str | None]:
+    def _params(self, request: Request, *, stream: bool) -> tuple[dict[str, Any], FormatTool | None]:
         return request_params(request, self.model_id, self._dialect, stream=stream)
 
     def _fail(self, error: Exception) -> NoReturn:

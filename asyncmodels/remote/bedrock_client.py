@@ -173,11 +173,12 @@ def _loader(path: str | None) -> Loader:
         return loader
 
 
-def service_members(client: AioBaseClient) -> tuple[bool, bool]:
-    """Whether the service model of ``client`` has Converse's ``outputConfig``, and strict tools."""
+def service_members(client: AioBaseClient) -> tuple[frozenset[str], frozenset[str], bool]:
+    """Converse's parameters and kinds of content as ``client`` knows them, and whether it knows strict tools."""
     members = client.meta.service_model.operation_model("Converse").input_shape.members
     specification = members["toolConfig"].members["tools"].member.members["toolSpec"]
-    return "outputConfig" in members, "strict" in specification.members
+    blocks = members["messages"].member.members["content"].member
+    return frozenset(members), frozenset(blocks.members), "strict" in specification.members
 
 
 class _Key:

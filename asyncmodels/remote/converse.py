@@ -6,22 +6,39 @@ describes them. ``converse_blocks.py`` turns the messages into content blocks, `
 
 from __future__ import annotations
 
-import json
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.messages import convert_roles, flatten
-from asyncmodels.remote.converse_blocks import CACHE_NAMES, blocks_of, cache_point, check_extra, has_tool_blocks
+from asyncmodels.remote.converse_blocks import (
+    BLOCKS,
+    CACHE_NAMES,
+    blocks_of,
+    cache_point,
+    check_extra,
+    has_tool_blocks,
+)
+from asyncmodels.remote.converse_format import (
+    Form,
+    FormatTool,
+    form_of,
+    format_tool,
+    output_config,
+    tool_entry,
+)
 from asyncmodels.request import Parameters
-from asyncmodels.types import JSONSchema, Request, Tool
+from asyncmodels.types import Request, Tool
 
 __all__ = [
     "CONVERSE_PARAMETERS",
     "ConverseParameters",
     "Dialect",
+    "FormatTool",
     "StructuredOutput",
+    "check_dicts",
     "inference_fields",
     "request_params",
 ]
@@ -54,6 +71,7 @@ _INFERENCE = {
     "stopSequences": "stop_sequences",
 }
 _OURS = ("modelId", "messages", "system")
+_DICTS = CONVERSE_PARAMETERS - {"additionalModelResponseFieldPaths"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +87,10 @@ class Dialect:
     knows_output_config: bool = False
     """Whether the client's service model has ``outputConfig``, as those since 2026 do."""
     knows_strict_tools: bool = False
+    parameters: frozenset[str] = CONVERSE_PARAMETERS
+    """Those of Converse that the client's service model knows."""
+    blocks: frozenset[str] = BLOCKS
+    """The kinds of content that it knows."""
 
 
 def inference_fields(config: Any) -> dict[str, Any]:
@@ -84,12 +106,19 @@ def inference_fields(config: Any) -> dict[str, Any]:
     return {_INFERENCE[name]: value for name, value in config.items()}
 
 
+def check_dicts(parameters: Mapping[str, Any]) -> None:
+    """Raises InvalidRequestError for one of Converse's ``parameters`` that must be a dict, and is none."""
+    for name, value in parameters.items():
+        if name in _DICTS and not isinstance(value, Mapping | None):
+            raise InvalidRequestError(f"{name} must be a dict, not {type(value).__name__}.")
+
+
 # -- out --------------------------------------------------------------------------------------------------------------
 
 
 def request_params(
     request: Request, model_id: str, dialect: Dialect, *, stream: bool
-) -> tuple[dict[str, Any], str | None]:
+) -> tuple[dict[str, Any], FormatTool | None]:
     """The parameters of ``converse`` for ``request``, and the name of the tool that stands for its response format.
 
     Raises InvalidRequestError and UnsupportedError for what Converse cannot take.
@@ -98,13 +127,21 @@ def request_params(
     for name in _OURS:
         if name in extra:
             raise InvalidRequestError(f"extra sets {name!r}, which the request itself decides.")
+    for name in extra:
+        if name not in dialect.parameters:
+            raise UnsupportedError(_unknown(name, dialect))
+    check_dicts(extra)
     messages = request.messages
     if dialect.role_conversions:
         messages = convert_roles(messages, dialect.role_conversions)
     if dialect.flatten_messages:
         messages = flatten(messages)
-    config, format_tool = _tool_config(request, dialect, extra.pop("toolConfig", None), extra)
-    system, turns = blocks_of(messages, tools_as_text=config is None and has_tool_blocks(messages))
+    config, asks = _tool_config(request, dialect, extra.pop("toolConfig", None), extra)
+    system, turns = blocks_of(
+        messages, tools_as_text=config is None and has_tool_blocks(messages), known=dialect.blocks
+    )
+    if not turns:
+        raise InvalidRequestError("The messages are nothing but system prompts: Converse wants one of the user's.")
     params: dict[str, Any] = {"modelId": model_id, "messages": turns}
     if system:
         params["system"] = system
@@ -117,7 +154,19 @@ def request_params(
     if not stream and isinstance(guardrail, Mapping) and "streamProcessingMode" in guardrail:
         extra["guardrailConfig"] = {key: value for key, value in guardrail.items() if key != "streamProcessingMode"}
     params.update(extra)
-    return params, format_tool
+    return params, asks
+
+
+def _unknown(name: str, dialect: Dialect) -> str:
+    if name in CONVERSE_PARAMETERS:
+        return f"extra has {name!r}, which needs a newer botocore: this one's Converse does not know it."
+    close = difflib.get_close_matches(str(name), dialect.parameters, n=1)
+    if close:
+        return f"extra has {name!r}, which Converse does not know: did you mean {close[0]!r}?"
+    return (
+        f"extra has {name!r}, which Converse does not know: what only one model knows goes into "
+        "additionalModelRequestFields."
+    )
 
 
 def _inference(request: Request, given: Any) -> dict[str, Any]:
@@ -142,21 +191,19 @@ def _inference(request: Request, given: Any) -> dict[str, Any]:
 
 def _tool_config(
     request: Request, dialect: Dialect, given: Any, extra: dict[str, Any]
-) -> tuple[dict[str, Any] | None, str | None]:
+) -> tuple[dict[str, Any] | None, FormatTool | None]:
     """The ``toolConfig``, and the tool that asks for the response format where ``outputConfig`` cannot."""
-    if not isinstance(given, Mapping | None):
-        raise InvalidRequestError(f"toolConfig must be a dict, not {type(given).__name__}.")
     tools = [entry for tool in request.tools for entry in _tool(tool, dialect)]
     choice = request.tool_choice
-    form = _form(request)
-    format_tool = None
+    form = form_of(request)
+    by_tool = False
     if form is not None:
         if "outputConfig" in extra:
             raise InvalidRequestError("extra sets 'outputConfig', which the request's response_format decides.")
         if _natively(form, dialect):
-            extra["outputConfig"] = _output_config(*form)
+            extra["outputConfig"] = output_config(form)
         else:
-            format_tool = _free_name(form[0], request.tools)
+            by_tool = True
     if choice == "none":
         tools = []
         given = None
@@ -164,56 +211,38 @@ def _tool_config(
     tools = [*tools, *config.pop("tools", ())]
     if choice is not None and choice != "none":
         config["toolChoice"] = _choice(choice)
-    if format_tool is not None:
-        assert form is not None  # noqa: S101  # narrows the type: there is no such tool without a format
+    asks = None
+    if by_tool and form is not None:
+        if config.get("toolChoice") not in (None, {"auto": {}}):
+            raise UnsupportedError(
+                "A tool_choice that demands a call cannot be had beside a response_format, for which the model must "
+                "call a tool, too."
+            )
+        asks = format_tool(form, set(map(_name, tools)))
         # Beside other tools the model may still call one of those first; what it must not do is answer in words.
-        config["toolChoice"] = config.get("toolChoice") if choice not in (None, "none", "auto") else None
-        config["toolChoice"] = config["toolChoice"] or ({"any": {}} if tools else {"tool": {"name": format_tool}})
-        tools.append(_format_tool(format_tool, form[1]))
+        config["toolChoice"] = {"any": {}} if tools else {"tool": {"name": asks.name}}
+        tools.append(tool_entry(asks, form))
     # Converse has no choice "none": without tools none is called.
-    return ({"tools": tools, **config} if tools else None), format_tool
+    return ({"tools": tools, **config} if tools else None), asks
 
 
-def _form(request: Request) -> tuple[str, Mapping[str, Any] | None] | None:
-    if request.response_format is not None:
-        return request.response_format.name, request.response_format.schema
-    if isinstance(request.grammar, JSONSchema):
-        return "response", request.grammar.schema
-    return None
+def _name(entry: Any) -> str:
+    """The name of an entry of ``tools``, which may be the caller's own; empty where it has none."""
+    specification = (entry.get("toolSpec") or entry.get("systemTool")) if isinstance(entry, Mapping) else None
+    name = specification.get("name") if isinstance(specification, Mapping) else None
+    return name if isinstance(name, str) else ""
 
 
-def _natively(form: tuple[str, Mapping[str, Any] | None], dialect: Dialect) -> bool:
+def _natively(form: Form, dialect: Dialect) -> bool:
     if dialect.structured_output == "native":
         if not dialect.knows_output_config:
             raise UnsupportedError(
                 "structured_output='native' needs a botocore whose Converse has outputConfig; this one is older."
             )
-        if form[1] is None:
+        if form.schema is None:
             raise UnsupportedError("structured_output='native' needs a JSON schema: Converse has no JSON mode.")
         return True
-    return dialect.structured_output == "auto" and dialect.knows_output_config and form[1] is not None
-
-
-def _output_config(name: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    structure = {"jsonSchema": {"name": name, "schema": json.dumps(schema, default=dict)}}
-    return {"textFormat": {"type": "json_schema", "structure": structure}}
-
-
-def _format_tool(name: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {
-        "toolSpec": {
-            "name": name,
-            "description": "Gives the answer. Call it once, with the whole answer as its arguments.",
-            "inputSchema": {"json": dict(schema) if schema is not None else {"type": "object"}},
-        }
-    }
-
-
-def _free_name(name: str, tools: Sequence[Tool]) -> str:
-    taken = {tool.name for tool in tools}
-    while name in taken:
-        name = f"{name[:60]}_out"
-    return name
+    return dialect.structured_output == "auto" and dialect.knows_output_config and form.schema is not None
 
 
 def _tool(tool: Tool, dialect: Dialect) -> list[dict[str, Any]]:

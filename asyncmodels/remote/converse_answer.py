@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncmodels.errors import InvalidResponseError
+from asyncmodels.remote.converse_format import FormatTool, unwrapped
 from asyncmodels.types import Delta, FinishReason, Response, Timing, ToolCall, ToolCallDelta, Usage, make
 
 __all__ = ["EventReader", "finish_reason", "response_from", "usage_from"]
@@ -41,7 +42,7 @@ def usage_from(value: Any) -> Usage | None:
     return Usage(plain + (read or 0) + (written or 0), output, read)
 
 
-def response_from(data: Any, *, model_id: str, format_tool: str | None, service: float | None) -> Response:
+def response_from(data: Any, *, model_id: str, format_tool: FormatTool | None, service: float | None) -> Response:
     """The Response of a whole answer. Raises InvalidResponseError for a wrong shape."""
     request_id = _request_id(data)
     try:
@@ -57,8 +58,8 @@ def response_from(data: Any, *, model_id: str, format_tool: str | None, service:
             elif "toolUse" in block:
                 use = block["toolUse"]
                 arguments = json.dumps(use["input"], ensure_ascii=False)
-                if use["name"] == format_tool:
-                    formatted = arguments
+                if format_tool is not None and use["name"] == format_tool.name:
+                    formatted = unwrapped(arguments) if format_tool.wrapped else arguments
                 else:
                     signed = None if calls else _signed(thoughts)
                     calls.append(ToolCall(use["toolUseId"], use["name"], arguments, extra=signed))
@@ -125,7 +126,7 @@ class EventReader:
     ``last``. While an answer in a ``format_tool`` is expected, text is held back: the answer makes it idle talk.
     """
 
-    def __init__(self, *, model_id: str, request_id: str | None, format_tool: str | None) -> None:
+    def __init__(self, *, model_id: str, request_id: str | None, format_tool: FormatTool | None) -> None:
         self._model_id = model_id
         self._request_id = request_id
         self._format_tool = format_tool
@@ -134,6 +135,7 @@ class EventReader:
         self._usage: Usage | None = None
         self._calls: dict[int, _Call] = {}
         self._format_block: int | None = None
+        self._wrapped: list[str] | None = [] if format_tool is not None and format_tool.wrapped else None
         self._idle_talk: list[str] = []
         self._thoughts: dict[int, _Thought] = {}
         self.ended = False
@@ -179,7 +181,7 @@ class EventReader:
         if use is None:
             return None
         block = event.get("contentBlockIndex", 0)
-        if use["name"] == self._format_tool:
+        if self._format_tool is not None and use["name"] == self._format_tool.name:
             self._format_block = block
             return None
         call = self._calls[block] = _Call(len(self._calls))
@@ -195,6 +197,9 @@ class EventReader:
             if not arguments:
                 return None
             if block == self._format_block:
+                if self._wrapped is not None:
+                    self._wrapped.append(arguments)
+                    return None
                 return self._shown(content=arguments)
             call = self._calls[block]
             call.begun = True
@@ -207,6 +212,8 @@ class EventReader:
         return None
 
     def _stop(self, block: int) -> Delta | None:
+        if self._wrapped and block == self._format_block:
+            return self._shown(content=self._unwrapped())
         call = self._calls.get(block)
         if call is None or call.begun:
             return None
@@ -214,8 +221,15 @@ class EventReader:
         return self._shown(tool_calls=(ToolCallDelta(call.index, arguments="{}"),))
 
     def held(self) -> str:
-        """The text that was held back for an answer in the format tool, where that never came."""
+        """What was held back: the end of an answer in the format tool, or the words beside it, where it never came."""
+        if self._wrapped:
+            return self._unwrapped()
         return "" if self._format_block is not None else "".join(self._idle_talk)
+
+    def _unwrapped(self) -> str:
+        arguments = "".join(self._wrapped or ())
+        self._wrapped = []
+        return unwrapped(arguments)
 
     def last(self, *, content: str = "", stopped: bool = False, timing: Timing | None = None) -> Delta:
         """The Delta that ends the stream; ``stopped`` when a stop sequence was found here."""

@@ -20,15 +20,31 @@ A message's ``extra``, and that of its parts, may say:
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.types import ImagePart, Message, Part, ProviderPart, TextPart, ToolCall
 
-__all__ = ["CACHE_NAMES", "blocks_of", "cache_point", "check_extra", "has_tool_blocks"]
+__all__ = ["BLOCKS", "CACHE_NAMES", "blocks_of", "cache_point", "check_extra", "has_tool_blocks"]
 
+BLOCKS = frozenset(
+    {
+        "text",
+        "image",
+        "document",
+        "video",
+        "toolUse",
+        "toolResult",
+        "guardContent",
+        "cachePoint",
+        "reasoningContent",
+        "citationsContent",
+    }
+)
+"""The kinds of content that every botocore with Converse knows."""
+_IN_SYSTEM = frozenset({"text", "guardContent", "cachePoint"})
 CACHE_NAMES = ("cachePoint", "cache_control")
 _FORMATS = {
     "image/png": "png",
@@ -46,11 +62,14 @@ def has_tool_blocks(messages: Sequence[Message]) -> bool:
     return any(message.role == "tool" or message.tool_calls for message in messages)
 
 
-def blocks_of(messages: Sequence[Message], *, tools_as_text: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def blocks_of(
+    messages: Sequence[Message], *, tools_as_text: bool, known: Set[str] = BLOCKS
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The blocks of the system prompt, and the turns.
 
     ``tools_as_text`` writes tool calls and results out in words: Converse refuses their blocks in a request without
-    tools. Raises InvalidRequestError and UnsupportedError, naming the message, for what Converse cannot take.
+    tools. ``known`` are the kinds of content that may go out. Raises InvalidRequestError and UnsupportedError, naming
+    the message, for what Converse cannot take.
     """
     system: list[dict[str, Any]] = []
     turns: list[dict[str, Any]] = []
@@ -58,20 +77,22 @@ def blocks_of(messages: Sequence[Message], *, tools_as_text: bool) -> tuple[list
         where = f"messages[{index}]"
         _check_message(message, where)
         if message.role in ("system", "developer"):
-            system.extend(_content(message, where))
+            system.extend(_content(message, where, known & _IN_SYSTEM))
             system.extend(cache_point(message.extra))
             continue
         role = "assistant" if message.role == "assistant" else "user"
         blocks = [*message.extra.get("blocks", ())]
+        for place, block in enumerate(blocks):
+            _check_block(block, known, f"{where}'s blocks[{place}]")
         if message.role == "tool":
-            blocks.append(_tool_result(message, where, as_text=tools_as_text))
+            blocks.append(_tool_result(message, where, known, as_text=tools_as_text))
         elif message.role == "assistant":
             if not any("reasoningContent" in block for block in blocks):
                 blocks = [*_reasoning(message), *blocks]
-            blocks.extend(_content(message, where))
+            blocks.extend(_content(message, where, known))
             blocks.extend(_tool_use(call, as_text=tools_as_text) for call in message.tool_calls)
         else:
-            blocks.extend(_content(message, where))
+            blocks.extend(_content(message, where, known))
             if not blocks:
                 raise InvalidRequestError(f"{where} is blank, which Converse refuses.")
         blocks.extend(cache_point(message.extra))
@@ -112,7 +133,17 @@ def check_extra(extra: Mapping[str, Any], known: Sequence[str], where: str) -> N
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _content(message: Message, where: str) -> list[dict[str, Any]]:
+def _check_block(block: Mapping[str, Any], known: Set[str], where: str) -> None:
+    kinds = ", ".join(sorted(known))
+    if not block:
+        raise UnsupportedError(f"{where} is empty; Converse knows {kinds}.")
+    for name in block:
+        if name not in known:
+            what = f" of {block[name]!r}" if name == "type" and isinstance(block[name], str) else ""
+            raise UnsupportedError(f"{where} has a {name!r}{what}, which is no content of Converse's here: {kinds}.")
+
+
+def _content(message: Message, where: str, known: Set[str]) -> list[dict[str, Any]]:
     content = message.content
     if content is None:
         return []
@@ -121,7 +152,10 @@ def _content(message: Message, where: str) -> list[dict[str, Any]]:
         return [{"text": content}] if content.strip() else []
     blocks: list[dict[str, Any]] = []
     for place, part in enumerate(content):
-        blocks.extend(_part(part, f"{where}.content[{place}]"))
+        made = _part(part, f"{where}.content[{place}]")
+        for block in made:
+            _check_block(block, known, f"{where}.content[{place}]")
+        blocks.extend(made)
         if not isinstance(part, ProviderPart) and part.extra:
             blocks.extend(cache_point(part.extra))
     return blocks
@@ -200,9 +234,15 @@ def _tool_use(call: ToolCall, *, as_text: bool) -> dict[str, Any]:
     return {"toolUse": {"toolUseId": call.id, "name": call.name, "input": arguments}}
 
 
-def _tool_result(message: Message, where: str, *, as_text: bool) -> dict[str, Any]:
+def _tool_result(message: Message, where: str, known: Set[str], *, as_text: bool) -> dict[str, Any]:
     content = message.content
-    blocks = _content(message, where) if isinstance(content, tuple) else [{"text": content}] if content else []
+    blocks = (
+        _content(message, where, known | {"json"})
+        if isinstance(content, tuple)
+        else [{"text": content}]
+        if content
+        else []
+    )
     status = message.extra.get("status")
     if status not in (None, "success", "error"):
         raise InvalidRequestError(f"{where}: the status of a tool's result is 'success' or 'error', not {status!r}.")

@@ -231,6 +231,7 @@ def test_bad_arguments_are_refused_at_once(options: dict[str, Any], what: str) -
         ({"max_new_tokens": 5}, "max_tokens"),
         ({"inferenceConfig": {"topK": 5}}, "topK"),
         ({"temperature": "hot"}, "temperature"),
+        ({"guardrailConfig": "x"}, "guardrailConfig must be a dict, not str"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -279,9 +280,9 @@ async def test_one_layer_retries_beside_a_client_of_the_users_own(
     """The client where it retries, as it was made to, and else ours: their attempts never multiply."""
     monkeypatch.setattr("aiobotocore.endpoint.asyncio", _Hurried)
     place = server.script(Answer(status=503))
-    wait = {"retry": FOUR_TIMES} if retries is not None and retries.get("total_max_attempts") == 1 else {}
-    options = {} if retries is None else {"retries": retries}
-    async with own_client(place, **options) as client, BedrockModel("m", client, **wait) as model:
+    retry: Any = FOUR_TIMES if requests == 4 else True
+    options: dict[str, Any] = {"retries": retries} if retries else {}
+    async with own_client(place, **options) as client, BedrockModel("m", client, retry=retry) as model:
         with pytest.raises(OverloadedError):
             await model.generate("x")
     assert len(place.seen().requests) == requests

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 from botocore.session import get_session
 from botocore.validate import ParamValidator
+from jsonschema import Draft202012Validator
 
 from asyncmodels import (
     ImagePart,
@@ -23,7 +25,7 @@ from asyncmodels import (
     UnsupportedError,
     Usage,
 )
-from asyncmodels.remote.converse import Dialect, StructuredOutput, inference_fields, request_params
+from asyncmodels.remote.converse import Dialect, FormatTool, StructuredOutput, inference_fields, request_params
 from asyncmodels.remote.converse_answer import EventReader, response_from
 from asyncmodels.request import build_request
 from asyncmodels.types import ProviderPart, Response, ResponseBuilder
@@ -188,6 +190,61 @@ def test_blocks_of_converse_itself() -> None:
     message = Message("user", (ProviderPart(document), TextPart("Sum it up.")))
     assert turns_of([message]) == [("user", [document, {"text": "Sum it up."}])]
     assert turns_of([Message("user", "Sum it up.", extra={"blocks": [document]})]) == turns_of([message])
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ({"type": "file", "file": {"file_id": "f1"}}, "'type'"),
+        ({"input_audio": {"data": ""}}, "'input_audio'"),
+        ({}, "empty"),
+    ],
+    ids=["file", "unknown", "empty"],
+)
+def test_parts_of_other_providers(part: dict[str, Any], what: str) -> None:
+    """They are refused by what is wrong with them, wherever they are."""
+    for message in (
+        Message("user", (TextPart("x"), ProviderPart(part))),
+        Message("user", "x", extra={"blocks": [part]}),
+        Message("system", (ProviderPart(part),)),
+    ):
+        with pytest.raises(UnsupportedError, match=rf"messages\[0\].*{what}"):
+            params_of([message, Message("user", "x")])
+
+
+def test_parts_that_only_a_newer_botocore_knows() -> None:
+    """What the client knows is sent."""
+    part = {"searchResult": {"source": "s", "title": "t", "content": [{"text": "x"}]}}
+    messages = [Message("user", (ProviderPart(part),))]
+    knowing = replace(OLD, blocks=OLD.blocks | {"searchResult"})
+    assert params_of(messages, knowing, check=False)["messages"][0]["content"] == [part]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("guardRailConfig", "did you mean 'guardrailConfig'"),
+        ("reasoning_effort", "additionalModelRequestFields"),
+        ("serviceTier", "newer botocore"),
+    ],
+)
+def test_an_extra_that_converse_does_not_know(name: str, what: str) -> None:
+    """It is refused before botocore does, with what to do instead."""
+    with pytest.raises(UnsupportedError, match=f"{name}.*{what}"):
+        params_of("x", replace(OLD, parameters=OLD.parameters - {"serviceTier"}), extra={name: {"a": "b"}})
+
+
+@pytest.mark.parametrize("name", ["guardrailConfig", "requestMetadata", "additionalModelRequestFields"])
+def test_a_parameter_that_is_no_dict(name: str) -> None:
+    """It is named, with what it is."""
+    with pytest.raises(InvalidRequestError, match=f"{name} must be a dict, not str"):
+        params_of("x", extra={name: "x"})
+
+
+def test_a_conversation_of_nothing_but_system_prompts() -> None:
+    """There is nobody to answer."""
+    with pytest.raises(InvalidRequestError, match="nothing but system prompts"):
+        params_of([Message("system", "Be nice.")])
 
 
 @pytest.mark.parametrize("blocks", ["text", [1], {"text": "x"}])
@@ -490,12 +547,87 @@ def test_a_schema_beside_tools() -> None:
     assert config["toolChoice"] == {"any": {}}
 
 
-def test_a_schema_where_a_tool_is_demanded() -> None:
-    """A tool_choice of the caller's own stays."""
-    config = params_of("x", tools=[WEATHER], tool_choice="weather", response_format=FORMAT)["toolConfig"]
-    assert config["toolChoice"] == {"tool": {"name": "weather"}}
+def entry(name: str) -> dict[str, Any]:
+    return {"toolSpec": {"name": name, "inputSchema": {"json": {"type": "object"}}}}
+
+
+def test_a_name_that_a_tool_config_has_taken() -> None:
+    """Tools in Converse's own words count, too."""
+    given = {"tools": [entry("City"), {"cachePoint": {"type": "default"}}, entry("City_out")]}
+    config = params_of("x", response_format=FORMAT, extra={"toolConfig": given})["toolConfig"]
+    assert config["tools"][-1]["toolSpec"]["name"] == "City_out_out"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "weather"},
+        {"tool_choice": "required"},
+        {"extra": {"toolConfig": {"toolChoice": {"any": {}}}}},
+        {"extra": {"toolConfig": {"toolChoice": {"tool": {"name": "weather"}}}}},
+    ],
+    ids=["named", "required", "any", "its own words"],
+)
+def test_a_schema_where_a_tool_is_demanded(fields: dict[str, Any]) -> None:
+    """The tool that asks for the format would be called instead, or never: that cannot be had."""
+    with pytest.raises(UnsupportedError, match="response_format"):
+        params_of("x", tools=[WEATHER], response_format=FORMAT, **fields)
+    sent = params_of("x", NEW, check=False, tools=[WEATHER], response_format=FORMAT, **fields)
+    assert "outputConfig" in sent
+
+
+def test_a_schema_where_no_tool_is_demanded() -> None:
+    """A tool_choice that demands none leaves room for the format."""
+    own: dict[str, Any] = {"toolConfig": {"toolChoice": {"auto": {}}}}
+    config = params_of("x", tools=[WEATHER], response_format=FORMAT, extra=own)["toolConfig"]
+    assert config["toolChoice"] == {"any": {}}
     config = params_of("x", tools=[WEATHER], tool_choice="none", response_format=FORMAT)["toolConfig"]
     assert config["toolChoice"] == {"tool": {"name": "City"}}
+
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "array", "items": {"$ref": "#/$defs/City"}, "$defs": {"City": CITY}},
+    {"anyOf": [CITY, {"type": "null"}]},
+    {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"$ref": "#"}]}},
+    {"type": "array", "prefixItems": [CITY, {"$ref": "#/prefixItems/0"}]},
+    {"enum": ["a", "b"]},
+]
+VALUES: list[Any] = [[{"city": "Oslo"}], None, [1, [2, []]], [{"city": "Oslo"}, {"city": "Rome"}], "b"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"), list(zip(SCHEMAS, VALUES, strict=True)), ids=["defs", "any", "self", "ref", "enum"]
+)
+def test_a_schema_that_is_no_object(schema: dict[str, Any], value: Any) -> None:
+    """The arguments of a tool are an object: the answer is wrapped in one, and comes out again."""
+    fields = {"response_format": ResponseFormat(name="City", schema=schema)}
+    params, tool = request_params(build_request("x", fields, {}), "m", OLD, stream=False)
+    assert tool == FormatTool("City", wrapped=True)
+    sent = params["toolConfig"]["tools"][0]["toolSpec"]["inputSchema"]["json"]
+    assert sent["type"] == "object"
+    Draft202012Validator.check_schema(sent)
+    checker = Draft202012Validator(sent)
+    assert checker.is_valid({"value": value})
+    assert not checker.is_valid({"value": [{"city": 5}]})
+    assert not checker.is_valid({})
+    use = {"toolUse": {"toolUseId": "c1", "name": "City", "input": {"value": value}}}
+    assert json.loads(read(answer(use), tool).content or "") == value
+    text = json.dumps({"value": value})
+    pieces = [delta(1, toolUse={"input": text[at : at + 3]}) for at in range(0, len(text), 3)]
+    response = read_events(start(1, "c1", "City"), *pieces, stop(1), format_tool=tool)
+    assert json.loads(response.content or "") == value
+
+
+@pytest.mark.parametrize("text", ['{"value": 1, "more": 2}', '{"city": "Oslo"}', "[1]", '{"value": [1'])
+def test_an_answer_that_was_not_wrapped(text: str) -> None:
+    """It is shown as it came, for the validation to judge."""
+    tool = FormatTool("City", wrapped=True)
+    pieces = [delta(1, toolUse={"input": text})]
+    assert read_events(start(1, "c1", "City"), *pieces, stop(1), format_tool=tool).content == text
+    assert read_events(start(1, "c1", "City"), *pieces, format_tool=tool).content == text
+    if text.startswith("{") and text.endswith("}"):
+        use = {"toolUse": {"toolUseId": "c1", "name": "City", "input": json.loads(text)}}
+        assert read(answer(use), tool).content == text
 
 
 @pytest.mark.parametrize(("known", "form"), [(False, FORMAT), (True, "json")], ids=["old botocore", "no schema"])
@@ -526,7 +658,7 @@ def answer(*blocks: Any, reason: str = "end_turn", **fields: Any) -> dict[str, A
     }
 
 
-def read(data: Any, format_tool: str | None = None) -> Response:
+def read(data: Any, format_tool: FormatTool | None = None) -> Response:
     return response_from(data, model_id="m", format_tool=format_tool, service=0.5)
 
 
@@ -591,7 +723,7 @@ def test_usage_that_says_nothing(usage: Any) -> None:
 def test_an_answer_in_the_format_tool_is_content() -> None:
     """Nobody sees the tool, and what was said beside it is idle talk."""
     block = {"toolUse": {"toolUseId": "c1", "name": "City", "input": {"city": "Oslo"}}}
-    response = read(answer({"text": "Sure!"}, block, reason="tool_use"), "City")
+    response = read(answer({"text": "Sure!"}, block, reason="tool_use"), FormatTool("City"))
     assert (response.content, response.tool_calls, response.finish_reason) == ('{"city": "Oslo"}', (), "stop")
 
 
@@ -620,7 +752,7 @@ def stop(index: int) -> dict[str, Any]:
 END = [{"messageStop": {"stopReason": "end_turn"}}, {"metadata": {"usage": {"inputTokens": 7, "outputTokens": 5}}}]
 
 
-def read_events(*events: dict[str, Any], format_tool: str | None = None) -> Response:
+def read_events(*events: dict[str, Any], format_tool: FormatTool | None = None) -> Response:
     reader = EventReader(model_id="m", request_id="r1", format_tool=format_tool)
     builder = ResponseBuilder()
     for event in ({"messageStart": {"role": "assistant"}}, *events, *END):
@@ -672,13 +804,13 @@ def test_hidden_thoughts_go_back_too() -> None:
 def test_a_stream_in_the_format_tool() -> None:
     """The pieces of its arguments are the content, and words beside it are held back for good."""
     events = [delta(0, text="Sure!"), stop(0), start(1, "c1", "City"), delta(1, toolUse={"input": '{"city": "O'})]
-    response = read_events(*events, delta(1, toolUse={"input": 'slo"}'}), stop(1), format_tool="City")
+    response = read_events(*events, delta(1, toolUse={"input": 'slo"}'}), stop(1), format_tool=FormatTool("City"))
     assert (response.content, response.tool_calls, response.finish_reason) == ('{"city": "Oslo"}', (), "stop")
 
 
 def test_a_stream_that_should_have_used_the_format_tool() -> None:
     """Words are shown in the end where nothing better came."""
-    assert read_events(delta(0, text="I can't."), format_tool="City").content == "I can't."
+    assert read_events(delta(0, text="I can't."), format_tool=FormatTool("City")).content == "I can't."
 
 
 def test_events_of_later_years_are_passed_over() -> None:
