@@ -129,7 +129,7 @@ def request_params(
             raise InvalidRequestError(f"extra sets {name!r}, which the request itself decides.")
     for name in extra:
         if name not in dialect.parameters:
-            raise UnsupportedError(_unknown(name, dialect))
+            raise _unknown(name, dialect)
     check_dicts(extra)
     messages = request.messages
     if dialect.role_conversions:
@@ -157,13 +157,13 @@ def request_params(
     return params, asks
 
 
-def _unknown(name: str, dialect: Dialect) -> str:
+def _unknown(name: str, dialect: Dialect) -> InvalidRequestError | UnsupportedError:
     if name in CONVERSE_PARAMETERS:
-        return f"extra has {name!r}, which needs a newer botocore: this one's Converse does not know it."
+        return UnsupportedError(f"extra has {name!r}, which needs a newer botocore: this one's Converse has it not.")
     close = difflib.get_close_matches(str(name), dialect.parameters, n=1)
     if close:
-        return f"extra has {name!r}, which Converse does not know: did you mean {close[0]!r}?"
-    return (
+        return InvalidRequestError(f"extra has {name!r}, which Converse does not know: did you mean {close[0]!r}?")
+    return InvalidRequestError(
         f"extra has {name!r}, which Converse does not know: what only one model knows goes into "
         "additionalModelRequestFields."
     )

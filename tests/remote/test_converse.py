@@ -221,16 +221,16 @@ def test_parts_that_only_a_newer_botocore_knows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "what"),
+    ("name", "kind", "what"),
     [
-        ("guardRailConfig", "did you mean 'guardrailConfig'"),
-        ("reasoning_effort", "additionalModelRequestFields"),
-        ("serviceTier", "newer botocore"),
+        ("guardRailConfig", InvalidRequestError, "did you mean 'guardrailConfig'"),
+        ("reasoning_effort", InvalidRequestError, "additionalModelRequestFields"),
+        ("serviceTier", UnsupportedError, "newer botocore"),
     ],
 )
-def test_an_extra_that_converse_does_not_know(name: str, what: str) -> None:
+def test_an_extra_that_converse_does_not_know(name: str, kind: type[Exception], what: str) -> None:
     """It is refused before botocore does, with what to do instead."""
-    with pytest.raises(UnsupportedError, match=f"{name}.*{what}"):
+    with pytest.raises(kind, match=f"{name}.*{what}"):
         params_of("x", replace(OLD, parameters=OLD.parameters - {"serviceTier"}), extra={name: {"a": "b"}})
 
 
