@@ -27,23 +27,25 @@ TransportChoice: TypeAlias = (
     Literal["auto", "asyncio", "httpx2"] | httpx2.AsyncBaseTransport | Callable[[], httpx2.AsyncBaseTransport]
 )
 
+_USUAL_TIMEOUT = httpx2.Timeout(600.0, connect=5.0, pool=None)
 _KEEP_ALIVE = 30.0
 _EXIT_PATIENCE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What makes two pools share a client. The environment counts as it is when the pool meets a loop."""
+    """What makes two pools share a client. The environment counts as it is when the pool meets a loop.
+
+    Time limits are none of it: each pool gives its own along with every request.
+    """
 
     transport: TransportChoice
-    timeout: httpx2.Timeout
     http2: bool
 
     def key(self) -> tuple[object, ...]:
         transport = self.transport if isinstance(self.transport, str) else id(self.transport)
         certificates = (os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR"))
-        timeout = (self.timeout.connect, self.timeout.read)
-        return (transport, timeout, self.http2, Proxies.from_environment(), certificates)
+        return (transport, self.http2, Proxies.from_environment(), certificates)
 
 
 class Face:
@@ -121,8 +123,7 @@ def _new_client(settings: Settings) -> tuple[httpx2.AsyncClient, AsyncioTranspor
     fast: AsyncioTransport | None = None
     transport: httpx2.AsyncBaseTransport | None
     if kind == "asyncio":
-        timeout = settings.timeout
-        transport = fast = AsyncioTransport(connect_timeout=timeout.connect, read_timeout=timeout.read)
+        transport = fast = AsyncioTransport()
     elif isinstance(kind, str):
         transport = None
     elif isinstance(kind, httpx2.AsyncBaseTransport):
@@ -132,7 +133,7 @@ def _new_client(settings: Settings) -> tuple[httpx2.AsyncClient, AsyncioTranspor
     try:
         client = httpx2.AsyncClient(
             transport=transport,
-            timeout=settings.timeout,
+            timeout=_USUAL_TIMEOUT,
             http2=settings.http2 and transport is None,
             verify=trust(http2=settings.http2) if transport is None else True,
             follow_redirects=True,

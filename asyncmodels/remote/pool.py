@@ -64,7 +64,7 @@ class HTTPPool:
     ``connect_timeout`` is for name lookup, proxy and TLS together, ``read_timeout`` for the longest silence of the
     server while it is waited for; both in seconds, and None waits for ever. ``http_client`` is used as it is, with its
     hooks, auth and limits, and never closed; only where its timeout is httpx2's default of 5 seconds, too short for a
-    language model, do ours apply.
+    language model, do ours apply. Pools with different time limits share their connections all the same.
 
     A pool may be used from any number of event loops, one after the other or at the same time in several threads; with
     an ``http_client``, which belongs to one, from one. A POST follows redirects 307 and 308 only: the others would turn
@@ -86,8 +86,8 @@ class HTTPPool:
             )
         if transport == "asyncio" and http2:
             raise ConfigurationError("transport='asyncio' speaks HTTP/1.1 only; leave it at 'auto' for http2=True.")
-        timeout = httpx2.Timeout(read_timeout, connect=connect_timeout, pool=None)
-        self._settings = Settings(transport, timeout, http2)
+        self._settings = Settings(transport, http2)
+        self._timeout = httpx2.Timeout(read_timeout, connect=connect_timeout, pool=None)
         self._http_client = http_client
         self._client_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
         self._leases: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lease] = WeakKeyDictionary()
@@ -98,6 +98,7 @@ class HTTPPool:
     def client(self) -> httpx2.AsyncClient:
         """The client of the running event loop, for other libraries to use; they must not close it.
 
+        It may be shared with other pools, so that its time limits are those that a pool has when none are given.
         Raises EventLoopError where no asyncio loop is running, and ClosedError after ``aclose``.
         """
         return self._lease().client
@@ -120,10 +121,10 @@ class HTTPPool:
                 request = _build(lease, method, url, headers, content)
                 response = await lease.client.send(request, follow_redirects=False)
             else:
-                response = await transport.fetch(method, url, headers, content)
+                response = await transport.fetch(method, url, headers, content, lease.connect, lease.read)
             if response.status_code in _REDIRECTS and "location" in response.headers:
                 _keeps_method(response, method, url)
-                return await redirected(lease.client, response, method, url, headers, content)
+                return await redirected(lease.client, response, method, url, headers, content, self._timeout)
             if transport is not None and "content-encoding" in response.headers:
                 return _decoded(response)
             return response
@@ -151,7 +152,7 @@ class HTTPPool:
         try:
             try:
                 if lease.fast is not None:
-                    response = await lease.fast.open(method, url, headers, content)
+                    response = await lease.fast.open(method, url, headers, content, lease.connect, lease.read)
                 elif lease.face is not None:
                     request = _build(lease, method, url, headers, content)
                     response = await lease.client.send(request, stream=True, follow_redirects=False)
@@ -161,7 +162,9 @@ class HTTPPool:
                     response = await send_by(lease.client, request, stream=True)
                 if lease.face is not None and response.status_code in _REDIRECTS and "location" in response.headers:
                     await _keeps_method_or_closes(response, method, url)
-                    response = await redirected(lease.client, response, method, url, headers, content, stream=True)
+                    response = await redirected(
+                        lease.client, response, method, url, headers, content, self._timeout, stream=True
+                    )
             except FOREIGN as error:
                 raise self._translate(error, url) from cause_of(error)
             try:
@@ -222,7 +225,7 @@ class HTTPPool:
         client = self._http_client
         if client is None:
             face = take(loop, self._settings)
-            return _Lease(face.client, face, None)
+            return _Lease(face.client, face, self._timeout)
         if client.is_closed:
             raise ClosedError("The http_client that was given was closed.")
         # Its connections belong to the loop that they were made on; on another one they fail in odd ways.
@@ -230,7 +233,7 @@ class HTTPPool:
         if first is not loop:
             raise EventLoopError("The http_client that was given is in use on another event loop: give one per loop.")
         self._client_loop = weakref.ref(loop)
-        return _Lease(client, None, self._settings.timeout if client.timeout == _HTTPX2_DEFAULT else None)
+        return _Lease(client, None, self._timeout if client.timeout == _HTTPX2_DEFAULT else None)
 
     def _translate(self, error: BaseException, url: httpx2.URL) -> AsyncModelsError:
         if self._closed:
@@ -277,13 +280,16 @@ def _translate_reading(error: BaseException, response: httpx2.Response) -> Async
 class _Lease:
     """One pool's part in the client of one event loop."""
 
-    __slots__ = ("client", "face", "fast", "in_flight", "timeout")
+    __slots__ = ("client", "connect", "face", "fast", "in_flight", "read", "timeout")
 
     def __init__(self, client: httpx2.AsyncClient, face: Face | None, timeout: httpx2.Timeout | None) -> None:
         self.client = client
         self.face = face
         self.fast = None if face is None else face.fast
+        # None leaves them to a client of the user's, which is never asked in the way that takes the other two.
         self.timeout = timeout
+        self.connect = None if timeout is None else timeout.connect
+        self.read = None if timeout is None else timeout.read
         self.in_flight = 0
 
     @property

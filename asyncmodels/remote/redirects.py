@@ -19,6 +19,7 @@ async def redirected(
     url: httpx2.URL,
     headers: httpx2.Headers,
     content: bytes | None,
+    timeout: httpx2.Timeout,
     *,
     stream: bool = False,
 ) -> httpx2.Response:
@@ -27,11 +28,11 @@ async def redirected(
     async def strip(request: httpx2.Request) -> None:
         _strip(request, url)
 
-    request = client.build_request(method, url, headers=headers, content=content)
+    request = client.build_request(method, url, headers=headers, content=content, timeout=timeout)
     follower = httpx2.AsyncClient(
         transport=_Replay(response, client),
         follow_redirects=True,
-        timeout=client.timeout,
+        timeout=timeout,
         event_hooks={"request": [strip]},
     )
     return await follower.send(request, stream=stream)

@@ -19,6 +19,8 @@ from asyncmodels.remote.proxies import Proxies
 
 __all__ = ["AsyncioTransport"]
 
+_CONNECT_TIMEOUT = 5.0
+_READ_TIMEOUT = 600.0
 _IDLE_LIFETIME = 30.0
 _SUSPECT_AFTER = 1.0
 # Ten thousand connections begun in one turn of the loop would all be waiting for each other when their time is up;
@@ -32,16 +34,12 @@ _WITH_BODY = frozenset({"POST", "PUT", "PATCH", "QUERY"})
 class AsyncioTransport(httpx2.AsyncBaseTransport):
     """Speaks HTTP/1.1 for one event loop, the one that runs when it is made.
 
-    ``connect_timeout`` covers name lookup, proxy and TLS; ``read_timeout`` is the longest silence while an answer is
-    awaited. Both are in seconds, and a request's own ``timeout`` extension replaces them.
+    Time limits come with each request, in seconds, and None waits for ever: ``connect`` covers name lookup, proxy and
+    TLS; ``read`` is the longest silence while an answer is awaited.
     """
 
-    def __init__(
-        self, *, connect_timeout: float | None = 5.0, read_timeout: float | None = 600.0, proxies: Proxies | None = None
-    ) -> None:
+    def __init__(self, *, proxies: Proxies | None = None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._connect_timeout = connect_timeout
-        self._read_timeout = read_timeout
         self._proxies = Proxies.from_environment() if proxies is None else proxies
         self._buffer = memoryview(bytearray(_BUFFER))
         self._origins: dict[tuple[str, str, int], Origin] = {}
@@ -58,7 +56,13 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
     # -- two ways in --------------------------------------------------------------------------------------------------
 
     async def fetch(
-        self, method: str, url: httpx2.URL, headers: httpx2.Headers, content: bytes | None
+        self,
+        method: str,
+        url: httpx2.URL,
+        headers: httpx2.Headers,
+        content: bytes | None,
+        connect: float | None = _CONNECT_TIMEOUT,
+        read: float | None = _READ_TIMEOUT,
     ) -> httpx2.Response:
         """A request and its whole answer, without the client's redirects, hooks and cookies: the cheapest way.
 
@@ -68,9 +72,9 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
         body = content or b""
         framing = _framing(method, content)
         head = request_head(b"%b %b" % (method.encode(), start), headers.raw, framing)
-        connection = await self._connection(origin, self._connect_timeout)
+        connection = await self._connection(origin, connect)
         try:
-            connection.send(head, body, method=method, timeout=self._read_timeout, streaming=False)
+            connection.send(head, body, method=method, timeout=read, streaming=False)
             answer = await connection.whole()
         except BaseException:
             connection.abort()
@@ -90,14 +94,20 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
         return response
 
     async def open(
-        self, method: str, url: httpx2.URL, headers: httpx2.Headers, content: bytes | None
+        self,
+        method: str,
+        url: httpx2.URL,
+        headers: httpx2.Headers,
+        content: bytes | None,
+        connect: float | None = _CONNECT_TIMEOUT,
+        read: float | None = _READ_TIMEOUT,
     ) -> httpx2.Response:
         """Like ``fetch``, with the body left to be read; the response must be closed."""
         origin, start = self._prepare(url)
         head = request_head(b"%b %b" % (method.encode(), start), headers.raw, _framing(method, content))
-        connection = await self._connection(origin, self._connect_timeout)
+        connection = await self._connection(origin, connect)
         try:
-            connection.send(head, content or b"", method=method, timeout=self._read_timeout, streaming=True)
+            connection.send(head, content or b"", method=method, timeout=read, streaming=True)
             await connection.head()
         except BaseException:
             self._drop(connection)
@@ -106,8 +116,8 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         timeouts = request.extensions.get("timeout", {})
-        connect = timeouts.get("connect", self._connect_timeout)
-        read = timeouts.get("read", self._read_timeout)
+        connect = timeouts.get("connect", _CONNECT_TIMEOUT)
+        read = timeouts.get("read", _READ_TIMEOUT)
         origin, start = self._prepare(request.url)
         begin = b"%b %b" % (request.method.encode(), start)
         try:

@@ -287,8 +287,8 @@ async def test_cookies_are_not_kept(pool: HTTPPool, server: Server) -> None:
 
 
 async def test_pools_with_the_same_settings_share_a_client(server: Server) -> None:
-    """So that models share connections; other settings mean another client."""
-    one, two, other = HTTPPool(), HTTPPool(), HTTPPool(read_timeout=1.0)
+    """So that models share connections; other settings mean another client, other time limits do not."""
+    one, two, other = HTTPPool(), HTTPPool(read_timeout=1.0, connect_timeout=None), HTTPPool(transport="httpx2")
     assert one.client() is two.client()
     assert one.client() is not other.client()
     place = server.script()
@@ -297,6 +297,32 @@ async def test_pools_with_the_same_settings_share_a_client(server: Server) -> No
     assert place.seen().connections == 1
     for pool in (one, two, other):
         await pool.aclose()
+
+
+@pytest.mark.parametrize("transport", ["asyncio", "httpx2"])
+async def test_pools_of_one_client_keep_their_own_time_limits(
+    transport: Literal["asyncio", "httpx2"], server: Server
+) -> None:
+    """The patient one waits where the hasty one does not, whole and streamed, whoever came first."""
+    hasty, patient = (HTTPPool(transport=transport, read_timeout=limit) for limit in (0.05, 20.0))
+    place = server.script(Answer(delay=0.3))
+    url = httpx2.URL(place.url)
+    moved = server.script(Answer(status=307, headers=[("location", place.url)], body=""))
+    for pool in (patient, hasty, patient):
+        if pool is patient:
+            assert (await pool.request("POST", url, headers=HEADERS, content=WHOLE)).status_code == 200
+            async with pool.stream("POST", url, headers=HEADERS, content=STREAM) as response:
+                assert [piece async for piece in body_of(response)]
+            continue
+        for target in (url, httpx2.URL(moved.url)):
+            with pytest.raises(ReadTimeoutError):
+                await pool.request("POST", target, headers=HEADERS, content=WHOLE)
+            with pytest.raises(ReadTimeoutError):
+                async with pool.stream("POST", target, headers=HEADERS, content=STREAM):
+                    pass
+    assert hasty.client() is patient.client()
+    await hasty.aclose()
+    await patient.aclose()
 
 
 async def test_a_shared_client_lives_until_its_last_pool_is_closed(server: Server) -> None:
