@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 __all__ = ["Reproducible", "constructor_arguments"]
@@ -14,12 +15,20 @@ class Reproducible:
     The arguments may hold secrets, so they show nowhere by themselves.
     """
 
-    _made_with: tuple[tuple[Any, ...], dict[str, Any]]
+    _made_with: _Arguments
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls)
-        made._made_with = (args, kwargs)
+        made._made_with = _Arguments(args, kwargs)
         return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Arguments:
+    """One of them may be a key, and whoever shows all attributes of a model must not show it."""
+
+    args: tuple[Any, ...] = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
 
 
 def constructor_arguments(made: Reproducible) -> dict[str, Any]:
@@ -28,10 +37,10 @@ def constructor_arguments(made: Reproducible) -> dict[str, Any]:
     What the constructor takes as ``**kwargs`` stands among them under its own name, what it takes as ``*args`` as one
     tuple.
     """
-    args, kwargs = made._made_with
+    made_with = made._made_with
     # Not that of the class itself: it would be the signature of __new__ for a class without an __init__ of its own.
     signature = inspect.signature(type(made).__init__)
-    arguments = signature.bind(made, *args, **kwargs).arguments
+    arguments = signature.bind(made, *made_with.args, **made_with.kwargs).arguments
     named: dict[str, Any] = {}
     for position, (name, value) in enumerate(arguments.items()):
         if position == 0:

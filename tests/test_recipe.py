@@ -45,5 +45,9 @@ def test_the_signature_of_a_model_is_that_of_its_constructor() -> None:
 
 
 def test_what_is_remembered_shows_nowhere() -> None:
-    """The arguments, which may hold a key, are not in the repr."""
+    """The arguments, which may hold a key, are neither in the repr nor in that of all attributes."""
     assert "sk-secret" not in repr(Model(ScriptedBackend("hi"), defaults={"extra": {"api_key": "sk-secret"}}))
+    thing = Thing("sk-secret", colour="sk-secret")
+    del thing.name
+    assert "sk-secret" not in repr(vars(thing))
+    assert constructor_arguments(thing)["colour"] == "sk-secret"
