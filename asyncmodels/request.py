@@ -15,14 +15,11 @@ from asyncmodels.messages import as_messages
 from asyncmodels.tools import as_tool_choice, as_tools
 from asyncmodels.types import Grammar, Request, evolve, make
 
-__all__ = ["PARAMETERS", "Parameters", "build_request", "normalise"]
+__all__ = ["PARAMETERS", "Parameters", "UntimedParameters", "build_request", "normalise"]
 
 
-class Parameters(TypedDict, total=False):
-    """The keyword arguments of ``generate`` and ``stream``, which are the fields of ``Request`` as callers write them.
-
-    None means "unset" for each: it takes a model's own default back for one call.
-    """
+class UntimedParameters(TypedDict, total=False):
+    """``Parameters`` without ``timeout``, for a function that has a parameter of that name already."""
 
     stop_sequences: Sequence[str] | str | None
     max_tokens: int | None
@@ -41,13 +38,21 @@ class Parameters(TypedDict, total=False):
     response_format: Any
     """``"json"``, a pydantic model class, a dataclass, a JSON schema, or OpenAI's dict."""
     grammar: Grammar | None
-    timeout: float | None
     attempt_timeout: float | None
     idle_timeout: float | None
     priority: int | None
     agent: str | None
     metadata: Mapping[str, Any] | None
     extra: Mapping[str, Any] | None
+
+
+class Parameters(UntimedParameters, total=False):
+    """The keyword arguments of ``generate`` and ``stream``, which are the fields of ``Request`` as callers write them.
+
+    None means "unset" for each: it takes a model's own default back for one call.
+    """
+
+    timeout: float | None
 
 
 def build_request(messages: Any, params: Mapping[str, Any], defaults: Mapping[str, Any]) -> Request:

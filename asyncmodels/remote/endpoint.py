@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -12,7 +13,9 @@ import httpx2
 from asyncmodels import __version__
 from asyncmodels.errors import ConfigurationError
 
-__all__ = ["APIKey", "Endpoint", "Pass", "headers_with", "require_sendable"]
+__all__ = ["APIKey", "Endpoint", "Pass", "headers_with", "require_headers", "require_sendable"]
+
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 APIKey: TypeAlias = str | Callable[[], str | Awaitable[str]]
 """A key, or a function that is asked for one before every attempt."""
@@ -22,7 +25,8 @@ APIKey: TypeAlias = str | Callable[[], str | Awaitable[str]]
 class Endpoint:
     """Where requests go and with which headers. ``secret`` never shows."""
 
-    url: httpx2.URL
+    url: httpx2.URL = field(repr=False)
+    """Its query may hold a key, too."""
     headers: httpx2.Headers = field(repr=False)
     api_key: APIKey | None = field(default=None, repr=False)
     """Asked before every attempt when it is a function; a string is in ``headers`` already."""
@@ -46,15 +50,19 @@ class Pass:
 
 
 def headers_with(provider: Mapping[str, object], own: Mapping[str, str | None] | None = None) -> httpx2.Headers:
-    """Ours over those of the ``provider``'s SDK, and the user's ``own`` over both; None leaves a header out."""
-    headers = httpx2.Headers(
-        {
-            name: value
-            # X-Stainless-* describe the SDK that sends the request, and this one does not.
-            for name, value in provider.items()
-            if isinstance(value, str) and not name.lower().startswith(("x-stainless", "user-agent", "authorization"))
-        }
-    )
+    """Ours over those of the ``provider``'s SDK, and the user's ``own`` over both; None leaves a header out.
+
+    Raises ConfigurationError for a header that HTTP cannot carry.
+    """
+    kept = {
+        name: value
+        # X-Stainless-* describe the SDK that sends the request, and this one does not.
+        for name, value in provider.items()
+        if isinstance(value, str) and not name.lower().startswith(("x-stainless", "user-agent", "authorization"))
+    }
+    require_headers(kept)
+    require_headers(own or {})
+    headers = httpx2.Headers(kept)
     headers.update(
         {
             "user-agent": f"asyncmodels/{__version__}",
@@ -68,6 +76,17 @@ def headers_with(provider: Mapping[str, object], own: Mapping[str, str | None] |
         else:
             headers[name] = value
     return headers
+
+
+def require_headers(headers: Mapping[str, str | None]) -> None:
+    """Raises ConfigurationError, without showing a value, for a header that HTTP cannot carry."""
+    for name, value in headers.items():
+        if not _HEADER_NAME.fullmatch(name):
+            raise ConfigurationError(f"{name!a} is no name of a header.")
+        if value is not None and not (value.isascii() and value.replace("\t", " ").isprintable()):
+            raise ConfigurationError(
+                f"The header {name!r} holds characters that no header can carry: a line break, perhaps, or an umlaut."
+            )
 
 
 def require_sendable(key: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
 from urllib.parse import quote
 from weakref import WeakKeyDictionary
 
@@ -29,8 +31,11 @@ from asyncmodels.remote.answer import without
 from asyncmodels.remote.hf_routing import OwnHeaders, Route, helpers_route
 from asyncmodels.remote.pool import HTTPPool
 from asyncmodels.remote.status import error_from_response
+from asyncmodels.remote.tokens import TokenCache
 
-__all__ = ["Lookup", "ask_helper"]
+__all__ = ["HubToken", "Lookup", "ask_helper"]
+
+HubToken: TypeAlias = str | TokenCache | None
 
 logger = logging.getLogger(__name__)
 
@@ -41,11 +46,12 @@ _KNOWN: dict[tuple[str, str, str], InferenceProviderMapping] = {}
 class Lookup:
     """What ``provider`` calls ``model_id``.
 
-    ``token`` is a Hugging Face token or None; a provider's own key is nothing to show to the Hub. The request goes
-    through ``pool``: it can be cancelled, ends by the pool's time limits, and fails with errors of ours.
+    ``token`` is a Hugging Face token, a cache of the one that was found, or None; a provider's own key is nothing to
+    show to the Hub. The request goes through ``pool``: it can be cancelled, ends by the pool's time limits, and fails
+    with errors of ours.
     """
 
-    def __init__(self, model_id: str, provider: str, *, token: str | None, pool: HTTPPool) -> None:
+    def __init__(self, model_id: str, provider: str, *, token: HubToken, pool: HTTPPool) -> None:
         self._model_id = model_id
         self._provider = provider
         self._token = token
@@ -80,15 +86,19 @@ class Lookup:
                     del self._flights[loop]
 
     async def _ask(self) -> InferenceProviderMapping:
+        async with _shown(self._token) as token:
+            return await self._ask_with(token)
+
+    async def _ask_with(self, token: str | None) -> InferenceProviderMapping:
         base, model_id, provider = self._key
         url = httpx2.URL(f"{base}/api/models/{quote(model_id)}?expand=inferenceProviderMapping")
         headers = httpx2.Headers({"user-agent": f"asyncmodels/{__version__}", "accept": "application/json"})
-        if self._token is not None:
-            headers["authorization"] = f"Bearer {self._token}"
+        if token is not None:
+            headers["authorization"] = f"Bearer {token}"
         answer = await self._pool.request("GET", url, headers=headers)
         if not answer.is_success:
             error = error_from_response(answer.status_code, answer.headers, answer.content)
-            raise self._told(without(self._token, error))
+            raise self._told(without(token, error))
         mapping = self._chosen(_mappings(answer.content))
         if mapping.status in ("staging", "error"):
             logger.warning("%s says that %r at %s has status %r.", base, model_id, provider, mapping.status)
@@ -112,6 +122,16 @@ class Lookup:
         raise NotFoundError(f"{self._model_id!r} is not served by {self._provider}, but by {others or 'no provider'}.")
 
 
+@asynccontextmanager
+async def _shown(token: HubToken) -> AsyncIterator[str | None]:
+    """What to show to the Hub in the block, whose AuthenticationError makes a found token be looked for again."""
+    if isinstance(token, TokenCache):
+        async with token.shown() as found:
+            yield found
+    else:
+        yield token
+
+
 class _Flight:
     """One question under way, and how many wait for the answer."""
 
@@ -120,11 +140,21 @@ class _Flight:
         self.waiting = 0
 
 
-async def ask_helper(helper: TaskProviderHelper, model_id: str, token: str, own: OwnHeaders) -> Route:
-    """The route of a helper that does its own asking, over its own HTTP, in a worker thread.
+async def ask_helper(
+    helper: TaskProviderHelper, model_id: str, token: str, own: OwnHeaders, tokens: TokenCache | None
+) -> Route:
+    """The route of a helper that does its own asking, over its own HTTP, in a worker thread, with ``token`` or, where
+    that was found and not given, with one out of ``tokens``.
 
     Cancelling stops the waiting; the thread ends when its HTTP does.
     """
+    if tokens is None:
+        return await _ask_helper(helper, model_id, token, own)
+    async with tokens.shown() as found:
+        return await _ask_helper(helper, model_id, found, own)
+
+
+async def _ask_helper(helper: TaskProviderHelper, model_id: str, token: str, own: OwnHeaders) -> Route:
     try:
         return await to_thread.run_sync(helpers_route, helper, model_id, token, own, abandon_on_cancel=True)
     except HfHubHTTPError as error:

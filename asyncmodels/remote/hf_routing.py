@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
@@ -71,7 +71,8 @@ def router_route(model_id: str, token: str, own: OwnHeaders) -> Route:
 def endpoint_route(url: str, model_id: str | None, token: str | None, own: OwnHeaders) -> Route:
     """To an endpoint of one's own or a TGI server at ``url``; a TGI server serves one model and calls it "tgi"."""
     mapping = _mapping("hf-inference", url, url)
-    return _route(helper_of("hf-inference"), mapping, model=model_id or _TGI, token=token, own=own)
+    route = _route(helper_of("hf-inference"), mapping, model=model_id or _TGI, token=token, own=own)
+    return replace(route, spell=_for_any_server(route.spell))
 
 
 def provider_route(helper: TaskProviderHelper, mapping: InferenceProviderMapping, token: str, own: OwnHeaders) -> Route:
@@ -193,6 +194,24 @@ def _speller(settled: Any, mapping: InferenceProviderMapping, ask: Ask) -> Calla
         spelt["messages"] = messages
         if tools is not None:
             spelt["tools"] = tools
+        return spelt
+
+    return spell
+
+
+def _for_any_server(step: Callable[[Fields], Fields]) -> Callable[[Fields], Fields]:
+    """A body whose schema is where TGI looks for it, and where vLLM, SGLang, llama.cpp and whoever copies OpenAI do.
+
+    Each ignores the other's field. huggingface_hub writes ``json_object`` for it, which all but TGI take for JSON of
+    any shape.
+    """
+
+    def spell(body: Fields) -> Fields:
+        form = body.pop("response_format", None)
+        spelt = step(body)
+        if form is not None:
+            schema = form.get("json_schema") if isinstance(form, dict) else None
+            spelt["response_format"] = form if schema is None else {"value": schema, **form}
         return spelt
 
     return spell

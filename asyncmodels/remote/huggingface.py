@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, TypeAlias, Unpack
 
 import httpx2
@@ -15,8 +14,8 @@ from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingKeyError
 from asyncmodels.model import Model
 from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
-from asyncmodels.remote.endpoint import require_sendable
-from asyncmodels.remote.hf_lookup import Lookup, ask_helper
+from asyncmodels.remote.endpoint import require_headers, require_sendable
+from asyncmodels.remote.hf_lookup import HubToken, Lookup, ask_helper
 from asyncmodels.remote.hf_routing import (
     Route,
     endpoint_route,
@@ -33,7 +32,7 @@ from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.token_chat import TokenChatBackend
 from asyncmodels.remote.tokens import TokenCache
 from asyncmodels.remote.wire import Dialect, request_body
-from asyncmodels.request import Parameters
+from asyncmodels.request import UntimedParameters
 from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["HfApiModel", "HuggingFaceBackend", "InferenceClientModel"]
@@ -50,15 +49,18 @@ class InferenceClientModel(Model):
     ``provider`` is one of huggingface_hub's table; None and ``"auto"`` leave the choice to Hugging Face. ``token``, or
     ``api_key``, is a Hugging Face token (``hf_...``), with which requests go through Hugging Face and are billed there
     (to the organisation ``bill_to``), or the key of the provider, with which they go to it directly. Where neither is
-    given, the token is the one that huggingface_hub finds, in HF_TOKEN or after ``hf auth login``; when it is refused
-    after it had been good, it is looked for again.
+    given, the token is the one that huggingface_hub finds, in HF_TOKEN or after ``hf auth login``; when it is refused,
+    it is looked for again.
 
     ``base_url``, or a URL in place of ``model_id``, is an endpoint that speaks chat completions, a TGI server for
     example; ``/v1/chat/completions`` is appended as needed. A token that was found, and not given, is sent to hosts of
-    Hugging Face only.
+    Hugging Face only. A schema goes out as OpenAI has it and beside that as TGI wants it, from its version 3.3 on; what
+    an older one wants is ``extra={"response_format": {"type": "json_object", "value": schema}}``. Without a schema,
+    ``"json"`` is nothing that any TGI knows.
 
     ``client_kwargs`` are those of ``huggingface_hub.InferenceClient``; of them ``headers``, ``cookies`` and ``timeout``
-    (seconds without a byte) have a meaning here. ``timeout`` beside them is, as everywhere, seconds for a whole call.
+    (seconds without a byte) have a meaning here. ``timeout`` beside them is, as everywhere, seconds for a whole call,
+    with its retries.
     ``quirks`` overrides what is known of the provider and the model. The other keywords are those of ``OpenAIModel``.
 
     Raises MissingKeyError when there is no token, ConfigurationError for anything else that is wrong from the start.
@@ -70,12 +72,13 @@ class InferenceClientModel(Model):
         model_id: str | None = None,
         provider: str | None = None,
         token: str | None = None,
-        *,
+        timeout: float | None = None,
         client_kwargs: Mapping[str, Any] | None = None,
         custom_role_conversions: Mapping[str, str] | None = None,
         api_key: str | None = None,
         bill_to: str | None = None,
         base_url: str | None = None,
+        *,
         quirks: Quirks | None = None,
         max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
@@ -83,7 +86,7 @@ class InferenceClientModel(Model):
         http_client: httpx2.AsyncClient | None = None,
         transport: TransportChoice = "auto",
         http2: bool = False,
-        **defaults: Unpack[Parameters],
+        **defaults: Unpack[UntimedParameters],
     ) -> None:
         _check_texts(model_id=model_id, provider=provider, token=token, api_key=api_key, base_url=base_url)
         if token is not None and api_key is not None:
@@ -97,10 +100,9 @@ class InferenceClientModel(Model):
         if bill_to is not None and given is not None and not given.startswith("hf_"):
             raise ConfigurationError("bill_to has no meaning with a provider's own key: the provider bills its owner.")
         token = given if given is not None else _token_for(url, provider)
-        way = _way(model_id, url, provider, _sendable(token), own, pool)
-        tokens = None
-        if given is None and token is not None and "authorization" not in own:
-            tokens = TokenCache(_FoundToken(token), name="huggingface_hub")
+        found = _cache_of(token) if given is None and token is not None else None
+        way = _way(model_id, url, provider, _sendable(token), found, own, pool)
+        tokens = found if "authorization" not in own else None
         known = known_quirks(_row_of(provider), model_id or "", quirks)
         dialect = Dialect.of(known, role_conversions=checked_conversions(custom_role_conversions))
         name = model_id or _shown(url)
@@ -109,7 +111,7 @@ class InferenceClientModel(Model):
                 name, way, pool=pool, dialect=dialect, capabilities=capabilities_of(known), tokens=tokens
             ),
             *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
-            defaults=defaults,
+            defaults=defaults if timeout is None else {"timeout": timeout, **defaults},
             model_id=name,
         )
 
@@ -223,10 +225,14 @@ def _way(
     url: str | None,
     provider: str | None,
     token: str | None,
+    found: TokenCache | None,
     own: Mapping[str, str | None],
     pool: HTTPPool,
 ) -> Route | FindRoute:
-    """The route to the model; where the Hub has to be asked for it, a function that does so."""
+    """The route to the model; where the Hub has to be asked for it, a function that does so.
+
+    ``found`` is there when ``token`` was found and not given.
+    """
     auto = provider in (None, "auto")
     if url is not None:
         if not auto:
@@ -243,14 +249,18 @@ def _way(
     helper = helper_of(provider)
     knows = who_knows(helper)
     if knows == "helper":
-        return partial(ask_helper, helper, model_id, token, own)
+
+        async def ask() -> Route:  # no partial: that would show the token in its repr
+            return await ask_helper(helper, model_id, token, own, found)
+
+        return ask
     # Also where the Hub will be asked: what is wrong with the key is then known from the start.
     route = provider_route(helper, same_name(provider, model_id), token, own)
     if knows == "everyone":
         return route
     if ":" in model_id:
         raise ConfigurationError(f"{model_id!r} names a provider after the colon, and provider={provider!r} another.")
-    lookup = Lookup(model_id, provider, token=_hub_token(token), pool=pool)
+    lookup = Lookup(model_id, provider, token=found if found is not None else _hub_token(token), pool=pool)
 
     async def find() -> Route:
         return provider_route(helper, await lookup.mapping(), token, own)
@@ -266,18 +276,12 @@ def _token_for(url: str | None, provider: str | None) -> str | None:
     return None if provider == "openai" else _found_token()
 
 
-class _FoundToken:
-    """Gives the token that was found, which serves until a server refuses it; and then what is found by then.
+def _cache_of(token: str) -> TokenCache:
+    """Holds the token that was found, which serves until a server refuses it; and then what is found by then.
 
     The token of ``hf auth login`` ends after some hours, and huggingface_hub renews it when it is asked.
     """
-
-    def __init__(self, token: str) -> None:
-        self._token: str | None = token
-
-    def __call__(self) -> _Unending:
-        token, self._token = self._token, None
-        return _Unending(token if token is not None else get_token() or "")
+    return TokenCache(lambda: _Unending(get_token() or ""), name="huggingface_hub", first=token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,8 +305,12 @@ def _found_token() -> str | None:
         raise ConfigurationError(f"huggingface_hub failed to find a token: {type(error).__name__}.") from error
 
 
-def _hub_token(token: str) -> str | None:
-    return token if token.startswith("hf_") else _sendable(_found_token())
+def _hub_token(token: str) -> HubToken:
+    """What the Hub may see when ``token`` was given: it is not shown the key of a provider."""
+    if token.startswith("hf_"):
+        return token
+    found = _sendable(_found_token())
+    return None if found is None else _cache_of(found)
 
 
 def _sendable(token: str | None) -> str | None:
@@ -355,4 +363,5 @@ def _own_headers(options: dict[str, Any], bill_to: str | None) -> dict[str, str 
         own["cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
     if bill_to is not None:
         own[constants.HUGGINGFACE_HEADER_X_BILL_TO.lower()] = bill_to
+    require_headers(own)
     return own

@@ -15,9 +15,10 @@ import copy
 import dataclasses
 import inspect
 import json
+import math
 import threading
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -65,18 +66,25 @@ class TokenCache:
 
     It may be used from any number of event loops and threads. A sync provider is asked in a thread, one at a time; an
     async one on the event loop of whoever asks, one at a time on each. ``name`` is what errors call the provider;
-    ``patience`` is how many seconds it may take.
+    ``patience`` is how many seconds it may take. ``first`` is a token that is remembered from the start, and serves
+    until a server refuses it.
     """
 
     def __init__(
-        self, provider: TokenProvider, *, name: str, clock: Clock = SYSTEM_CLOCK, patience: float = 300.0
+        self,
+        provider: TokenProvider,
+        *,
+        name: str,
+        first: str | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        patience: float = 300.0,
     ) -> None:
         self._provider = provider
         self._name = name
         self._clock = clock
         self._patience = patience
         self._is_async = _is_async(provider)
-        self._token: _Token | None = None
+        self._token = None if first is None else _Token(first, renew_at=math.inf, ends_at=math.inf)
         self._flights: dict[asyncio.AbstractEventLoop | None, _Flight] = {}
         self._lock = threading.Lock()
 
@@ -111,6 +119,19 @@ class TokenCache:
     async def token(self) -> str:
         """Like ``get``, the token alone."""
         return (await self.get())[0]
+
+    @asynccontextmanager
+    async def shown(self) -> AsyncIterator[str]:
+        """A token for the block. An AuthenticationError in it says that a server did not accept the token: it is
+        forgotten, and the error can be retried where the token was remembered and not asked for just now.
+        """
+        token, reused = await self.get()
+        try:
+            yield token
+        except AuthenticationError as error:
+            self.forget(token)
+            error.retryable = reused
+            raise
 
     def forget(self, token: str | None) -> None:
         """Makes the next ``get`` ask anew if ``token`` is the one that is remembered: a server did not accept it."""

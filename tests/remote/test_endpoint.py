@@ -125,6 +125,7 @@ def test_the_key_never_shows() -> None:
     model = OpenAIModel("m", api_key=KEY)
     assert isinstance(model.backend, OpenAIBackend)
     shown = f"{model!r} {model.backend!r} {model.backend._endpoint!r} {model.statistics()!r} {model._chain!r}"
+    shown += f"{vars(model)} {vars(model.backend)}"
     assert KEY not in shown
 
 
@@ -151,7 +152,14 @@ def test_openai_itself_gets_max_completion_tokens() -> None:
         {"client_kwargs": {"timeout": 0}},
         {"client_kwargs": {"default_headers": {"a": 1}}},
         {"client_kwargs": {"default_query": "a=b"}},
+        {"client_kwargs": {"default_headers": {"a": "sk-\u20ac"}}},
+        {"client_kwargs": {"default_headers": {"a": "sk-\nb"}}},
+        {"client_kwargs": {"default_headers": {"\u20ac": "a"}}},
+        {"organization": "\u00fc"},
+        {"organization": "a\nb"},
+        {"project": "\u00fc"},
         {"custom_role_conversions": ["a"]},
+        {"custom_role_conversions": {"sytem": "user"}},
         {"http_client": 3},
         {"api_key": 3},
         {"api_key": "sk-\u00e4"},

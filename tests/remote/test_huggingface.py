@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from functools import partial
 from pathlib import Path
@@ -144,8 +145,8 @@ async def test_usage_that_nobody_told_is_none(server: Server) -> None:
         assert (await model.generate("x")).usage is None
 
 
-async def test_structured_output_is_asked_for_in_tgis_spelling(server: Server) -> None:
-    """smolagents drops it; here it reaches the wire and comes back parsed."""
+async def test_structured_output_is_asked_for_in_both_spellings(server: Server) -> None:
+    """TGI looks for ``value``, all others for ``json_schema``; smolagents drops it. It comes back parsed."""
     place = server.script(Answer(content='{"name": "Oslo"}'))
     schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
     async with model_at(place) as model:
@@ -154,8 +155,19 @@ async def test_structured_output_is_asked_for_in_tgis_spelling(server: Server) -
         await model.generate("x", response_format="json")
         await model.generate("x", grammar=asyncmodels.JSONSchema(schema))
     sent = [request.json()["response_format"] for request in place.seen().requests]
-    constrained = {"type": "json_object", "value": schema}
-    assert sent == [constrained, constrained, {"type": "json_object"}, constrained]
+    loose, strict = ({"name": "response", "schema": schema, "strict": strict} for strict in (False, True))
+    constrained = {"type": "json_schema", "json_schema": loose, "value": loose}
+    grammar = {"type": "json_schema", "json_schema": strict, "value": strict}
+    assert sent == [constrained, constrained, {"type": "json_object"}, grammar]
+
+
+async def test_an_older_tgi_can_be_asked_in_its_spelling(server: Server) -> None:
+    """What the caller writes into extra goes out as it is."""
+    place = server.script(Answer(content="{}"))
+    form = {"type": "json_object", "value": {"type": "object", "properties": {}}}
+    async with model_at(place) as model:
+        await model.generate("x", extra={"response_format": form})
+    assert place.seen().requests[0].json()["response_format"] == form
 
 
 async def test_tools_images_roles_and_extra(server: Server) -> None:
@@ -267,7 +279,7 @@ def test_the_token_is_found_where_huggingface_hub_finds_it(
 async def test_a_found_token_that_ends_is_looked_for_again(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A login's token is good for hours only; the retry has the new one, and one that was never good is not retried."""
+    """A login's token is good for hours only; the retry has the new one, and where that is refused, too, it is over."""
     (tmp_path / "token").write_text("hf_first")
     monkeypatch.setattr("asyncmodels.remote.huggingface._is_hugging_faces", lambda _: True)
     refusal = failing(401, {"error": "Invalid username or password."})
@@ -284,7 +296,21 @@ async def test_a_found_token_that_ends_is_looked_for_again(
     async with InferenceClientModel(base_url=place.url, policies=SWIFT) as model:
         with pytest.raises(AuthenticationError):
             await model.generate("x")
-    assert len(place.seen().requests) == 1
+    assert len(place.seen().requests) == 2
+
+
+async def test_a_found_token_that_ended_before_the_first_call(
+    server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first call has the one that is found by then."""
+    (tmp_path / "token").write_text("hf_first")
+    monkeypatch.setattr("asyncmodels.remote.huggingface._is_hugging_faces", lambda _: True)
+    place = server.script(failing(401, {"error": "Invalid username or password."}), Answer(content="ok"))
+    async with InferenceClientModel(base_url=place.url, policies=SWIFT) as model:
+        (tmp_path / "token").write_text("hf_second")
+        assert (await model.generate("x")).attempts == 2
+    seen = [request.header("authorization") for request in place.seen().requests]
+    assert seen == ["Bearer hf_first", "Bearer hf_second"]
 
 
 async def test_a_given_token_is_not_exchanged(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,10 +426,18 @@ def test_headers_and_cookies_of_the_users_own(noted: Any) -> None:
         ({"base_url": "http://x", "client_kwargs": {"proxies": {}}}, "known are cookies, headers"),
         ({"base_url": "http://x", "client_kwargs": {"headers": {"a": 1}}}, "headers"),
         ({"base_url": "http://x", "client_kwargs": {"headers": "a"}}, "headers"),
+        ({"base_url": "http://x", "client_kwargs": {"headers": {"a": "ü€"}}}, "header 'a' holds characters"),
+        ({"base_url": "http://x", "client_kwargs": {"headers": {"a": "b\nc"}}}, "header 'a' holds characters"),
+        ({"base_url": "http://x", "client_kwargs": {"headers": {"ü": "a"}}}, "no name of a header"),
+        ({"base_url": "http://x", "client_kwargs": {"headers": {"a b": "a"}}}, "no name of a header"),
+        ({"base_url": "http://x", "client_kwargs": {"cookies": {"a": "1\n"}}}, "header 'cookie' holds characters"),
+        ({"model_id": "a/b", "token": "hf_a", "bill_to": "ü"}, "bill-to' holds characters"),
+        ({"model_id": "a/b", "provider": "groq", "token": "hf_a", "bill_to": "a\nb"}, "bill-to' holds characters"),
         ({"base_url": "http://x", "client_kwargs": {"cookies": {"a": 1}}}, "cookies"),
         ({"base_url": "http://x", "client_kwargs": {"cookies": {"a": "1; b=2"}}}, "cookies"),
         ({"base_url": "http://x", "client_kwargs": {"timeout": -1}}, "timeout"),
         ({"base_url": "http://x", "custom_role_conversions": "x"}, "custom_role_conversions"),
+        ({"base_url": "http://x", "custom_role_conversions": {"sytem": "user"}}, "did you mean 'system'"),
         ({"base_url": "http://x", "http_client": 5}, "http_client"),
         ({"base_url": "http://x", "retry": 3, "policies": []}, "policies"),
     ],
@@ -432,12 +466,19 @@ def test_a_token_that_cannot_be_found_out(monkeypatch: pytest.MonkeyPatch) -> No
         InferenceClientModel("a/b")
 
 
-def test_nothing_shows_the_token() -> None:
+def test_nothing_shows_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor what may be a secret in an endpoint's URL."""
     routed = InferenceClientModel("a/b", token=TOKEN)
     named = InferenceClientModel("a/b", "groq", "sk-secret")
     endpoint = InferenceClientModel("https://me:secret@x.example/y?key=secret", token=TOKEN)
-    shown = "".join(f"{m!r} {m.backend!r} {m.model_id} {m.statistics()}" for m in (routed, named, endpoint))
+    monkeypatch.setattr("asyncmodels.remote.huggingface.who_knows", lambda _: "helper")
+    asking = InferenceClientModel("a/b", "groq", "sk-secret")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    found = InferenceClientModel("a/b")
+    shown = "".join(
+        f"{m!r} {m.backend!r} {m.model_id} {m.statistics()} {vars(m)} {vars(m.backend)}"
+        for m in (routed, named, endpoint, asking, found)
+    )
     assert TOKEN not in shown
     assert "secret" not in shown
     assert endpoint.model_id == "https://x.example/y"
@@ -462,6 +503,33 @@ async def test_timeout_is_for_a_call_and_in_client_kwargs_for_silence(server: Se
     async with model_at(place, client_kwargs={"timeout": 0.05}, policies=[]) as model:
         with pytest.raises(ReadTimeoutError):
             await model.generate("x")
+
+
+async def test_the_positional_order_is_that_of_smolagents(server: Server) -> None:
+    """Whoever passes all of it by position gets what it was meant for."""
+    names = list(inspect.signature(InferenceClientModel.__init__).parameters.values())[1:10]
+    assert [parameter.name for parameter in names] == [
+        "model_id",
+        "provider",
+        "token",
+        "timeout",
+        "client_kwargs",
+        "custom_role_conversions",
+        "api_key",
+        "bill_to",
+        "base_url",
+    ]
+    assert {parameter.kind for parameter in names} == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    place = server.script(Answer(fault="hang"))
+    model = InferenceClientModel(
+        None, None, None, 0.05, {"headers": {"x-a": "b"}}, {"system": "user"}, TOKEN, None, place.url
+    )
+    async with model:
+        with pytest.raises(CallTimeoutError):
+            await model.generate([{"role": "system", "content": "x"}])
+    [sent] = place.seen().requests
+    assert (sent.header("x-a"), sent.header("authorization")) == ("b", f"Bearer {TOKEN}")
+    assert sent.json()["messages"] == [{"role": "user", "content": "x"}]
 
 
 async def test_max_retries_of_client_kwargs(server: Server) -> None:

@@ -204,6 +204,53 @@ async def test_a_token_that_the_hub_repeats_is_not_shown(provider: Place, hub_sa
     assert TOKEN not in f"{caught.value!r} {vars(caught.value)} {model!r} {model.backend!r}"
 
 
+REFUSED = Answer(status=401, body='{"error": "Invalid username or password."}')
+
+
+async def test_a_found_token_that_ended_before_the_first_call(
+    provider: Place, hub_says: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is found by then opens the Hub at the second attempt, and serves the provider's route as well."""
+    monkeypatch.setattr(constants, "INFERENCE_PROXY_TEMPLATE", provider.url + "/{provider}")
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    hub = hub_says(REFUSED, known())
+    async with groq(api_key=None, policies=SWIFT) as model:
+        monkeypatch.setenv("HF_TOKEN", "hf_new")
+        assert (await model.generate("x")).attempts == 2
+        assert_idle(model)
+    assert [request.header("authorization") for request in hub.seen().requests] == ["Bearer hf_old", "Bearer hf_new"]
+    assert [request.header("authorization") for request in provider.seen().requests] == ["Bearer hf_new"]
+
+
+async def test_a_found_token_that_ended_beside_a_providers_key(
+    provider: Place, hub_says: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked for again just so, and the provider sees its own key."""
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    hub = hub_says(REFUSED, known())
+    async with groq(policies=SWIFT) as model:
+        monkeypatch.setenv("HF_TOKEN", "hf_new")
+        await model.generate("x")
+    assert [request.header("authorization") for request in hub.seen().requests] == ["Bearer hf_old", "Bearer hf_new"]
+    assert [request.header("authorization") for request in provider.seen().requests] == [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize(("options", "asked"), [({}, [2, 3]), ({"token": TOKEN}, [1, 2])])
+async def test_a_token_that_was_found_just_now_is_not_retried(
+    provider: Place, hub_says: Any, monkeypatch: pytest.MonkeyPatch, options: Any, asked: list[int]
+) -> None:
+    """Nor is one that was given; but the next call asks again, so that no refusal is for good."""
+    monkeypatch.setattr(constants, "INFERENCE_PROXY_TEMPLATE", provider.url + "/{provider}")
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    hub = hub_says(*[REFUSED] * asked[-1], known())
+    async with groq(api_key=None, policies=SWIFT, **options) as model:
+        for count in asked:
+            with pytest.raises(AuthenticationError):
+                await model.generate("x")
+            assert len(hub.seen().requests) == count
+        assert str(await model.generate("x")) == "hi"
+
+
 async def test_what_can_pass_is_asked_again(provider: Place, hub_says: Any) -> None:
     """The retries of the model cover the question, too."""
     hub = hub_says(Answer(status=503), Answer(fault="close"), known())

@@ -226,8 +226,11 @@ async def test_an_endpoint_by_its_url(inference: Place, way: str, query: str) ->
     async with AsyncInferenceClient(url, token=TOKENS["routed"]) as client:
         await client.chat_completion(MESSAGES, model="tgi", **THEIR_PARAMETERS)
     first, second, their = (compared(request) for request in inference.seen().requests)
+    forms = [request["body"].pop("response_format") for request in (first, second, their)]
     assert first == second == their
     assert first["body"]["model"] == "tgi"
+    # Theirs is for TGI alone; TGI reads ours as well, and so does everybody else.
+    assert forms == [{**FORM, "value": FORM["json_schema"]}] * 2 + [{"type": "json_object", "value": SCHEMA}]
 
 
 def test_no_helper_changes_the_answer() -> None:

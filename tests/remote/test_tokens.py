@@ -190,6 +190,38 @@ async def test_a_refused_token_is_asked_for_anew() -> None:
     assert provider.calls == 2
 
 
+async def test_a_first_token_serves_until_it_is_refused() -> None:
+    """It is a remembered one from the start, and never ends by itself."""
+    provider, clock = Provider("b"), FakeClock()
+    cache = cache_of(provider, first="a", clock=clock)
+    await clock.advance(1e9)
+    assert await cache.get() == ("a", True)
+    assert provider.calls == 0
+    cache.forget("a")
+    assert await cache.get() == ("b", False)
+
+
+async def refused(cache: TokenCache, seen: list[str]) -> None:
+    async with cache.shown() as token:
+        seen.append(token)
+        raise AuthenticationError("no")
+
+
+async def test_a_token_refused_in_its_block_is_forgotten() -> None:
+    """The error can be retried where the token was remembered; any other error changes nothing."""
+    cache = cache_of(Provider("b", "c"), first="a")
+    with pytest.raises(ZeroDivisionError):
+        async with cache.shown():
+            raise ZeroDivisionError
+    tokens: list[str] = []
+    for retryable in (True, False):
+        with pytest.raises(AuthenticationError) as caught:
+            await refused(cache, tokens)
+        assert caught.value.retryable is retryable
+    async with cache.shown() as token:
+        assert [*tokens, token] == ["a", "b", "c"]
+
+
 # -- once for all -----------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from asyncmodels import (
     Concurrency,
     Delta,
     ImagePart,
+    InferenceClientModel,
     Message,
     Model,
     OpenAIModel,
@@ -59,6 +60,7 @@ async def models() -> None:
     assert_type(schemes(), tuple[Scheme, ...])
     OpenAIModel("gpt-5", api_base="http://localhost/v1", api_key="none", max_concurrency=8, temperature=0.5)
     assert_type(OpenAIServerModel("gpt-5", retry=False), OpenAIModel)
+    InferenceClientModel("a/b", "groq", "hf_a", 120, {"headers": {}}, {"system": "user"}, None, "org", temperature=0.5)
     async with Model(ScriptedBackend("a"), Retry, partial(Concurrency, limit=8), defaults={"seed": 3}) as model:
         assert_type(model, Model)
         assert_type(model.statistics(), Statistics)
