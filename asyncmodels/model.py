@@ -126,6 +126,8 @@ class Model(Backend, Reproducible):
             async for delta in stream:
                 print(delta.content, end="")
         response = await stream.response()
+
+        A provider that was cut off, because a stop sequence was found here or the caller left, has told no usage.
         """
         self._calls.check_open()
         request = build_request(messages, params, self._defaults)

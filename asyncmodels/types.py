@@ -307,6 +307,8 @@ class Timing:
 class Response:
     """A whole answer. ``usage`` is None where the provider said nothing; ``raw`` is its own object.
 
+    Most providers tell the usage at the end of a stream, which does not come when a stop sequence was found here.
+
     ``extra`` is what the provider wants to have back in the next request: it becomes the ``extra`` of the message when
     the response is put into a conversation.
     """

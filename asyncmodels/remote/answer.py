@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol
@@ -39,6 +40,11 @@ class Reader(Protocol):
     @property
     def finished(self) -> bool:
         """Whether the provider has said why it ended."""
+        ...
+
+    @property
+    def answered(self) -> bool:
+        """Whether there was anything that is an answer."""
         ...
 
     def read(self, chunk: Any) -> Delta | None: ...
@@ -81,7 +87,10 @@ async def one_delta_of(
 async def deltas_of(
     answer: httpx2.Response, request: Request, started: float, secret: str | None, reader: Reader | None = None
 ) -> AsyncGenerator[Delta, None]:
-    """The Deltas of a stream of server-sent events; raises TruncatedResponseError when it is cut off."""
+    """The Deltas of a stream of server-sent events.
+
+    Raises TruncatedResponseError when it is cut off, InvalidResponseError when it ends without an answer.
+    """
     decoder, reader = SSEDecoder(), ChunkReader() if reader is None else reader
     matcher = StopMatcher(request.stop_sequences) if request.stop_sequences else None
     gate = LogprobGate()
@@ -126,6 +135,10 @@ async def deltas_of(
         raise without(secret, error) from error.__cause__
     if not ended and not reader.finished:
         raise TruncatedResponseError("The stream ended without a finish reason: it was cut off.")
+    if not reader.finished and not reader.answered:
+        raise InvalidResponseError(
+            "The stream ended without an answer.", status=answer.status_code, request_id=request_id_of(answer.headers)
+        )
     timing = Timing(first_token=first_token, service=time.perf_counter() - started)
     last = reader.last(content=matcher.flush() if matcher is not None else "", timing=timing)
     yield evolve(last, logprobs=gate.rest())
@@ -168,9 +181,60 @@ def _not_json(answer: httpx2.Response) -> InvalidResponseError:
 
 
 def without(secret: str | None, error: AsyncModelsError) -> AsyncModelsError:
-    """``error`` without the key that some servers repeat when they refuse it."""
-    if secret:
-        error.message = error.message.replace(secret, "***")
+    """``error`` without the key that some servers repeat when they refuse it.
+
+    What stands for a key where none is needed ("none") is no secret; and a short one is not looked for inside of words.
+    """
+    if secret and secret.lower() not in _STAND_INS:
+        pattern = re.escape(secret)
+        hidden = re.compile(pattern if len(secret) >= _LONG else rf"(?<!\w){pattern}(?!\w)")
+        error.message = hidden.sub("***", error.message)
         error.args = (error.message, *error.args[1:])
-        error.code = None if error.code is None else error.code.replace(secret, "***")
+        error.code = None if error.code is None else hidden.sub("***", error.code)
     return error
+
+
+_LONG = 8
+_STAND_INS = frozenset(
+    {
+        *(
+            "-",
+            "any",
+            "anything",
+            "api-key",
+            "apikey",
+            "api_key",
+            "default",
+            "dummy",
+            "empty",
+            "fake",
+            "key",
+            "llama.cpp",
+        ),
+        *(
+            "lm-studio",
+            "local",
+            "localhost",
+            "no",
+            "no-key",
+            "no-key-required",
+            "nokey",
+            "none",
+            "not-needed",
+            "nothing",
+        ),
+        *(
+            "not_needed",
+            "null",
+            "ollama",
+            "openai",
+            "placeholder",
+            "secret",
+            "sglang",
+            "sk-no-key-required",
+            "test",
+            "tgi",
+        ),
+        *("token", "token-abc123", "unused", "vllm", "your-api-key"),
+    }
+)

@@ -136,6 +136,11 @@ class EventReader:
         """Whether the provider has said why it ended."""
         return self._finish is not None
 
+    @property
+    def answered(self) -> bool:
+        """Whether there was anything that is an answer."""
+        return bool(self._shown)
+
     def read(self, event: Any) -> Delta | None:
         """The Delta of ``event``; None when it holds nothing to show. Raises what an error in it says."""
         try:

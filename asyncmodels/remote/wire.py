@@ -282,6 +282,7 @@ class ChunkReader:
 
     def __init__(self) -> None:
         self._introduced = False
+        self._answered = False
         self._refused = False
         self._finish: FinishReason | None = None
         self._usage: Usage | None = None
@@ -296,6 +297,11 @@ class ChunkReader:
     def finished(self) -> bool:
         """Whether the provider has said why it ended."""
         return self._finish is not None
+
+    @property
+    def answered(self) -> bool:
+        """Whether there was anything that is an answer, be it an empty text."""
+        return self._answered
 
     def read(self, chunk: Any) -> Delta | None:
         """The Delta of ``chunk``; None when it holds nothing to show. Raises what an error in it says."""
@@ -316,7 +322,7 @@ class ChunkReader:
             delta = choice.get("delta") or {}
             content = delta.get("content")
             # Nearly every chunk is a piece of text and nothing else; this is the hot path of streaming.
-            if self._introduced and content.__class__ is str and not self._is_rare(choice, delta):
+            if self._answered and content.__class__ is str and not self._is_rare(choice, delta):
                 return make(Delta, content=content) if content else None
             return self._rare(chunk, choice, delta)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
@@ -344,6 +350,7 @@ class ChunkReader:
             self._details.add(delta["reasoning_details"])
         calls = tuple(self._call(call) for call in delta.get("tool_calls") or ())
         logprobs = logprobs_from(choice["logprobs"].get("content")) if choice.get("logprobs") else ()
+        self._answered = self._answered or content is not None or bool(reasoning or calls)
         if self._introduced and not (content or reasoning or calls or logprobs):
             return None
         first = not self._introduced
