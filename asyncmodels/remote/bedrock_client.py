@@ -18,7 +18,7 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, cast
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -28,12 +28,12 @@ from aiobotocore.client import AioBaseClient
 from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
-from aiohttp.client_proto import ResponseHandler
 from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.loaders import Loader, create_loader
 from botocore.tokens import FrozenAuthToken
 
 from asyncmodels.errors import ClosedError, EventLoopError
+from asyncmodels.remote.aiohttp_protocol import guarded
 from asyncmodels.remote.bedrock_calls import Calls
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.bedrock_secrets import mask_logs
@@ -84,19 +84,6 @@ def _frozen(value: Any) -> object:
 # -- one client -------------------------------------------------------------------------------------------------------
 
 
-class _Handler(ResponseHandler):
-    """aiohttp's protocol, which also tells the reader of a body that what comes is no HTTP any more.
-
-    That of aiohttp 3.14 lets him wait for a connection that is closed, beyond every time limit of its own.
-    """
-
-    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-        payload = self._payload
-        super().set_exception(exc, *cause)
-        if payload is not None and not payload.is_eof() and payload.exception() is None:
-            payload.set_exception(exc if isinstance(exc, aiohttp.ClientError) else aiohttp.ClientPayloadError(str(exc)))
-
-
 class _Trust(ssl.SSLContext):
     """A context that has read its file of authorities, and does not read it again for each client that gets it."""
 
@@ -128,7 +115,7 @@ class Session(AIOHTTPSession):  # type: ignore[misc]  # botocore's packages have
 
     def _create_connector(self, proxy_url: str | None) -> Any:
         made = super()._create_connector(proxy_url)
-        return _guarded_later(made) if inspect.isawaitable(made) else _guarded(made)
+        return _guarded_later(made) if inspect.isawaitable(made) else guarded(made)
 
     def _get_ssl_context(self) -> Any:
         # Into what they get, others load their certificates, and switch checks off.
@@ -145,14 +132,8 @@ class Session(AIOHTTPSession):  # type: ignore[misc]  # botocore's packages have
         return super()._setup_proxy_ssl_context(proxy_url) or self._get_ssl_context()
 
 
-def _guarded(connector: aiohttp.TCPConnector) -> aiohttp.TCPConnector:
-    factory: Any = partial(_Handler, loop=asyncio.get_running_loop())
-    connector._factory = factory
-    return connector
-
-
 async def _guarded_later(making: Awaitable[aiohttp.TCPConnector]) -> aiohttp.TCPConnector:
-    return _guarded(await making)
+    return guarded(await making)
 
 
 _LOADERS: dict[str | None, Loader] = {}
