@@ -8,8 +8,6 @@ thread, once per process. The environment (``AWS_*`` and proxies) counts as it i
 from __future__ import annotations
 
 import asyncio
-import atexit
-import concurrent.futures
 import inspect
 import os
 import ssl
@@ -37,12 +35,12 @@ from asyncmodels.remote.aiohttp_protocol import guarded
 from asyncmodels.remote.bedrock_calls import Calls
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.bedrock_secrets import mask_logs
+from asyncmodels.remote.faces import Faces
 from asyncmodels.remote.pool import PoolStatistics
 
 __all__ = ["SERVICE", "Clients", "Lease", "Session", "Settings", "open_connections", "service_members"]
 
 SERVICE = "bedrock-runtime"
-_EXIT_PATIENCE = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,46 +263,12 @@ def open_connections(client: AioBaseClient) -> Mapping[str, int] | None:
 
 # -- those of each loop -----------------------------------------------------------------------------------------------
 
-_FACES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[object, ...], Face]] = WeakKeyDictionary()
-_FACES_LOCK = threading.Lock()
+_FACES: Faces[Face] = Faces()
 
 
 def _take(loop: asyncio.AbstractEventLoop, settings: Settings) -> Face:
     key = settings.key()
-    with _FACES_LOCK:
-        # A face keeps its loop alive, so those of loops that were closed without shutting down must be let go.
-        for other in [other for other in _FACES if other.is_closed()]:
-            del _FACES[other]
-        faces = _FACES.setdefault(loop, {})
-        face = faces.get(key)
-        if face is None or not face.alive:
-            face = faces[key] = Face(loop, key, settings)
-        face.users += 1
-        return face
-
-
-async def _give_back(loop: asyncio.AbstractEventLoop, face: Face) -> None:
-    with _FACES_LOCK:
-        face.users -= 1
-        if face.users > 0:
-            return
-        face.alive = False
-        faces = _FACES.get(loop, {})
-        if faces.get(face.key) is face:
-            del faces[face.key]
-    if loop is asyncio.get_running_loop():
-        await face.aclose()
-    elif not loop.is_closed():
-        asyncio.run_coroutine_threadsafe(face.aclose(), loop)
-
-
-@atexit.register
-def _close_at_exit() -> None:
-    """Closes the clients of loops that run in daemon threads, which the interpreter would cut off in mid-air."""
-    with _FACES_LOCK:
-        faces = [(loop, face) for loop, shared in _FACES.items() if loop.is_running() for face in shared.values()]
-    closing = [asyncio.run_coroutine_threadsafe(face.aclose(), loop) for loop, face in faces]
-    concurrent.futures.wait(closing, timeout=_EXIT_PATIENCE)
+    return _FACES.take(loop, key, lambda: Face(loop, key, settings))
 
 
 class Lease:
@@ -419,4 +383,4 @@ class Clients:
                     loop.call_soon_threadsafe(lease.calls.close)
         for loop, lease in leases:
             if lease.face is not None:
-                await _give_back(loop, lease.face)
+                await _FACES.give_back(loop, lease.face)

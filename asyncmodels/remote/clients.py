@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import concurrent.futures
 import os
-import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal, TypeAlias
-from weakref import WeakKeyDictionary
 
 import httpx2
 
 from asyncmodels.errors import MissingExtraError
 from asyncmodels.remote.dial import trust
+from asyncmodels.remote.faces import Faces
 from asyncmodels.remote.proxies import Proxies
 from asyncmodels.remote.transport import AsyncioTransport
 
-__all__ = ["Face", "Settings", "TransportChoice", "give_back", "take"]
+__all__ = ["FACES", "Face", "Settings", "TransportChoice", "take"]
 
 TransportChoice: TypeAlias = (
     Literal["auto", "asyncio", "httpx2"] | httpx2.AsyncBaseTransport | Callable[[], httpx2.AsyncBaseTransport]
@@ -29,7 +26,6 @@ TransportChoice: TypeAlias = (
 
 _USUAL_TIMEOUT = httpx2.Timeout(600.0, connect=5.0, pool=None)
 _KEEP_ALIVE = 30.0
-_EXIT_PATIENCE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,46 +70,12 @@ class Face:
         await self._end.aclose()
 
 
-_FACES: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[object, ...], Face]] = WeakKeyDictionary()
-_FACES_LOCK = threading.Lock()
+FACES: Faces[Face] = Faces()
 
 
 def take(loop: asyncio.AbstractEventLoop, settings: Settings) -> Face:
     key = settings.key()
-    with _FACES_LOCK:
-        # A face keeps its loop alive, so those of loops that were closed without shutting down must be let go.
-        for other in [other for other in _FACES if other.is_closed()]:
-            del _FACES[other]
-        faces = _FACES.setdefault(loop, {})
-        face = faces.get(key)
-        if face is None or not face.alive:
-            face = faces[key] = Face(key, settings)
-        face.users += 1
-        return face
-
-
-async def give_back(loop: asyncio.AbstractEventLoop, face: Face) -> None:
-    with _FACES_LOCK:
-        face.users -= 1
-        if face.users > 0:
-            return
-        face.alive = False
-        faces = _FACES.get(loop, {})
-        if faces.get(face.key) is face:
-            del faces[face.key]
-    if loop is asyncio.get_running_loop():
-        await face.aclose()
-    elif not loop.is_closed():
-        asyncio.run_coroutine_threadsafe(face.aclose(), loop)
-
-
-@atexit.register
-def _close_at_exit() -> None:
-    """Closes the clients of loops that run in daemon threads, which the interpreter would cut off in mid-air."""
-    with _FACES_LOCK:
-        faces = [(loop, face) for loop, shared in _FACES.items() if loop.is_running() for face in shared.values()]
-    closing = [asyncio.run_coroutine_threadsafe(face.aclose(), loop) for loop, face in faces]
-    concurrent.futures.wait(closing, timeout=_EXIT_PATIENCE)
+    return FACES.take(loop, key, lambda: Face(key, settings))
 
 
 def _new_client(settings: Settings) -> tuple[httpx2.AsyncClient, AsyncioTransport | None]:

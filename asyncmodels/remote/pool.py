@@ -33,7 +33,7 @@ from weakref import WeakKeyDictionary
 import httpx2
 
 from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError, EventLoopError
-from asyncmodels.remote.clients import Face, Settings, TransportChoice, give_back, take
+from asyncmodels.remote.clients import FACES, Face, Settings, TransportChoice, take
 from asyncmodels.remote.redirects import redirected, send_by
 from asyncmodels.remote.translate import FOREIGN, cause_of, translate
 from asyncmodels.remote.transport import Body
@@ -198,7 +198,7 @@ class HTTPPool:
             self._leases.clear()
         for loop, lease in leases:
             if lease.face is not None:
-                await give_back(loop, lease.face)
+                await FACES.give_back(loop, lease.face)
 
     def _lease(self) -> _Lease:
         try:
