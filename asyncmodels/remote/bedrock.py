@@ -14,7 +14,6 @@ from aiobotocore.client import AioBaseClient
 from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ClosedError, ConfigurationError, TransportError, TruncatedResponseError
 from asyncmodels.model import Messages, Model
-from asyncmodels.remote.bedrock_calls import Waiting
 from asyncmodels.remote.bedrock_client import Clients, Lease, service_members
 from asyncmodels.remote.bedrock_config import check_limits, configured, own_client
 from asyncmodels.remote.bedrock_errors import error_from
@@ -32,6 +31,7 @@ from asyncmodels.remote.converse import (
     request_params,
 )
 from asyncmodels.remote.converse_answer import EventReader, response_from
+from asyncmodels.remote.in_flight import Waiting
 from asyncmodels.remote.options import checked_conversions, require_model_id
 from asyncmodels.request import Parameters
 from asyncmodels.stopping import StopMatcher, cut
@@ -175,10 +175,9 @@ class BedrockBackend(Backend):
 
     async def generate(self, request: Request, /) -> Response:
         lease = self._clients.lease()
-        calls = lease.calls
-        calls.count += 1
+        lease.in_flight += 1
         try:
-            with Waiting(calls):
+            with lease.calls.call():
                 client = await self._client(lease)
                 params, format_tool = self._params(request, stream=False)
                 started = time.perf_counter()
@@ -187,7 +186,7 @@ class BedrockBackend(Backend):
                 except Exception as error:
                     self._fail(error)
         finally:
-            calls.count -= 1
+            lease.in_flight -= 1
         response = response_from(
             data, model_id=self.model_id, format_tool=format_tool, service=time.perf_counter() - started
         )
@@ -204,9 +203,8 @@ class BedrockBackend(Backend):
     @asynccontextmanager
     async def _stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
         lease = self._clients.lease()
-        calls = lease.calls
-        calls.count += 1
-        waiting = Waiting(calls)
+        lease.in_flight += 1
+        waiting = lease.calls.call()
         try:
             with waiting:
                 client = await self._client(lease)
@@ -230,7 +228,7 @@ class BedrockBackend(Backend):
                 # Read to its end, the connection is free already; anywhere else, this closes it.
                 events.close()
         finally:
-            calls.count -= 1
+            lease.in_flight -= 1
 
     async def _deltas(
         self, stream: Any, reader: EventReader, request: Request, started: float, waiting: Waiting

@@ -32,10 +32,10 @@ from botocore.tokens import FrozenAuthToken
 
 from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.remote.aiohttp_protocol import guarded
-from asyncmodels.remote.bedrock_calls import Calls
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.bedrock_secrets import mask_logs
 from asyncmodels.remote.faces import Faces
+from asyncmodels.remote.in_flight import WaitingCalls
 from asyncmodels.remote.pool import PoolStatistics
 
 __all__ = ["SERVICE", "Clients", "Lease", "Session", "Settings", "open_connections", "service_members"]
@@ -274,12 +274,13 @@ def _take(loop: asyncio.AbstractEventLoop, settings: Settings) -> Face:
 class Lease:
     """One model's part in the client of one event loop."""
 
-    __slots__ = ("_own", "calls", "face")
+    __slots__ = ("_own", "calls", "face", "in_flight")
 
     def __init__(self, face: Face | None, own: AioBaseClient | None) -> None:
         self.face = face
         self._own = own
-        self.calls = Calls()
+        self.calls = WaitingCalls()
+        self.in_flight = 0
 
     @property
     def client(self) -> AioBaseClient | None:
@@ -354,7 +355,7 @@ class Clients:
     def statistics(self) -> PoolStatistics:
         """May be called from any thread."""
         leases = [lease for lease in list(self._leases.values()) if lease.alive]
-        in_flight = sum(lease.calls.count for lease in leases)
+        in_flight = sum(lease.in_flight for lease in leases)
         counts: dict[str, int] = {}
         for lease in leases:
             found = lease.face.connections() if lease.face is not None else open_connections(self._client)
@@ -374,13 +375,7 @@ class Clients:
             self._last = None
             leases: Sequence[tuple[asyncio.AbstractEventLoop, Lease]] = list(self._leases.items())
             self._leases.clear()
-        here = asyncio.get_running_loop()
-        for loop, lease in leases:
-            if loop is here:
-                lease.calls.close()
-            else:
-                with suppress(RuntimeError):  # a loop that is closed runs nothing any more
-                    loop.call_soon_threadsafe(lease.calls.close)
+        await asyncio.gather(*(lease.calls.close() for _, lease in leases))
         for loop, lease in leases:
             if lease.face is not None:
                 await _FACES.give_back(loop, lease.face)

@@ -1,8 +1,13 @@
-"""The calls of one model that wait for somebody else's package, which closing the model must end."""
+"""The calls of one model that wait for somebody else's package, which closing the model must end.
+
+Closing the connections does not do it: aiohttp does not tell those who read a body that they were closed, and a client
+may be shared with other models, or be the user's own.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from types import TracebackType
 
 from asyncmodels.errors import ClosedError
@@ -38,8 +43,9 @@ class WaitingCalls:
         for call in list(self._waiting):
             if call.loop is here:
                 gone.append(call.end())
-            elif not call.loop.is_closed():
-                call.loop.call_soon_threadsafe(call.end)
+            else:
+                with suppress(RuntimeError):  # a loop that is closed runs nothing any more
+                    call.loop.call_soon_threadsafe(call.end)
         if gone:
             await asyncio.wait(gone, timeout=_PATIENCE)
 
