@@ -203,6 +203,20 @@ _RESERVED = ("acompletion", *_RETRIES, "shared_session")
 _NO_RETRIES = {"num_retries": 0, "max_retries": 0}
 
 
+class _Unshown(dict[str, Any]):
+    """Options, one of which may be a key, and whoever shows all attributes of a backend must not show it."""
+
+    def __repr__(self) -> str:
+        return "{...}"
+
+
+class _UnshownSet(frozenset[str]):
+    """The same for a set of keys."""
+
+    def __repr__(self) -> str:
+        return "{...}"
+
+
 class LiteLLMBackend(Backend):
     """The Backend of both models: ``complete`` is ``litellm.acompletion``, or a router's.
 
@@ -224,9 +238,9 @@ class LiteLLMBackend(Backend):
         self.capabilities = capabilities
         self.model_id = model_id
         self._complete = complete
-        self._options = {**options, **_NO_RETRIES}
+        self._options = _Unshown({**options, **_NO_RETRIES})
         self._dialect = dialect
-        self._secrets = secrets
+        self._secrets = _UnshownSet(secrets)
         self._discard = discard
         self._sessions = Sessions()
         self._calls = WaitingCalls()

@@ -677,3 +677,11 @@ async def test_answers_never_mix(server: Server) -> None:
     async with model_at(place) as model:
         answers = await asyncio.gather(*(ask(index) for index in range(60)))
     assert answers == [f"question {index}" for index in range(60)]
+
+
+def test_the_attributes_of_the_backend_do_not_show_the_key() -> None:
+    """Whoever prints a model's or a backend's attributes, a debugger for example, must not print its key."""
+    key = "sk-not-to-be-shown-0123456789"
+    model = LiteLLMModel("openai/m", api_key=key)
+    assert key not in repr(vars(model))
+    assert key not in repr(vars(model.backend))
