@@ -149,7 +149,7 @@ FOREIGN_LAZY: Mapping[str, set[str]] = {
 }
 """Those that cost more than the module that needs them, and that most programs never need."""
 
-PURE = {"engine", "gate", "job", "prompt", "runner", "scheduler", "sequence", "signals", "worker"}
+PURE = {"backend", "engine", "gate", "job", "prompt", "runner", "scheduler", "sequence", "signals", "worker"}
 """The modules of local that know no runtime: one engine drives them all."""
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
+from asyncmodels.types import Grammar
 
-__all__ = ["Detokenizes", "Failed", "Output", "Runner", "RunnerFactory", "RunnerInfo", "Sampled"]
+__all__ = ["Detokenizes", "Failed", "Output", "Runner", "RunnerFactory", "RunnerInfo", "RunnerLostError", "Sampled"]
 
 
 class Detokenizes(Protocol):
@@ -44,6 +45,10 @@ class RunnerInfo:
     """How many tokens of KV memory there are for the whole batch; None where the runtime sees to that itself."""
     padded: bool = True
     """Whether every row takes as much KV memory as the longest."""
+    compile_grammar: Callable[[Grammar], Any] | None = field(default=None, repr=False)
+    """Turns a grammar into what ``Sequence.constraint`` holds: called on a thread of the front, before the request is
+    queued, for each request anew. Raises InvalidRequestError for a grammar that is wrong or too large. None where the
+    runtime cannot constrain what it generates."""
     device: str = "cpu"
     dtype: str = ""
     """Where the model runs and in which precision, for ``statistics()``."""
@@ -70,6 +75,10 @@ class Failed:
 Output: TypeAlias = Sampled | Failed
 
 
+class RunnerLostError(Exception):
+    """Raised by ``step`` when the runtime cannot be used any more: the engine ends, and loads a new one when asked."""
+
+
 class Runner(ABC):
     """A runtime with one model."""
 
@@ -83,9 +92,17 @@ class Runner(ABC):
 
     @abstractmethod
     def step(self) -> list[Output]:
-        """Goes one step forward: at most one token for every sequence that decodes, and a bounded piece of prefill.
+        """Goes one step forward: the next token of every sequence that decodes, and a bounded piece of prefill.
 
-        An exception means that the whole batch is lost.
+        A runtime that runs by itself may wait here until there is something to hand out, as long as ``wake`` ends the
+        wait, and then hands out all that there is, several tokens of a sequence included. An exception means that the
+        whole batch is lost; a RunnerLostError that the runner is, too.
+        """
+
+    def wake(self) -> None:  # noqa: B027  # a runtime that runs only when it is stepped never waits
+        """Ends a wait inside of ``step``, the present or the next one, because the engine has something to say.
+
+        Called on any thread, at any time from before ``load`` until after ``close``; never blocks.
         """
 
     @abstractmethod

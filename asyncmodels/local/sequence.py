@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from asyncmodels.errors import InvalidRequestError
 from asyncmodels.types import Request
@@ -123,6 +124,10 @@ class Sequence:
     prompt: tuple[int, ...] = field(repr=False)
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
+    constraint: Any = field(default=None, repr=False)
+    """What the runner's ``compile_grammar`` made of the request's grammar; None where anything may be said."""
+    cache_salt: str | None = None
+    """Sequences share cached prefixes with those of the same salt alone."""
     agent: str | None = None
     priority: int = 0
     queued_at: float = 0.0
@@ -130,6 +135,8 @@ class Sequence:
     first_token_at: float | None = None
     state: State = State.QUEUED
     output: list[int] = field(default_factory=list, repr=False)
+    cached: int | None = None
+    """How many tokens of the prompt the runner found in its prefix cache; None where it has none."""
 
     @property
     def reserved(self) -> int:

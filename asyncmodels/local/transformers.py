@@ -6,20 +6,22 @@ instant, and an event loop never waits for an import.
 
 from __future__ import annotations
 
-import importlib.util
-import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
-from asyncmodels.errors import ConfigurationError, MissingExtraError
-from asyncmodels.local.engine import Engine, EngineStatistics, check_whole
+from asyncmodels.local.backend import (
+    EngineBackend,
+    EngineOptions,
+    LocalModel,
+    check_flags,
+    check_keywords,
+    check_model,
+    require,
+)
+from asyncmodels.local.engine import check_whole
 from asyncmodels.local.folder import model_source
-from asyncmodels.local.prompt import template_fault
-from asyncmodels.model import Model
 from asyncmodels.request import Parameters
-from asyncmodels.types import Delta, Request, Response, ResponseBuilder
 
 if TYPE_CHECKING:
     from asyncmodels.local.runner import Runner
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["TransformersBackend", "TransformersModel"]
 
 
-class TransformersBackend(Backend):
+class TransformersBackend(EngineBackend):
     """A Transformers model on an engine of its own. The parameters are those of ``TransformersModel``.
 
     ``locate`` turns ``model_id`` into the folder or repository to load; it may block, and raise ModelLoadError.
@@ -48,35 +50,17 @@ class TransformersBackend(Backend):
         torch_dtype: Any = None,
         trust_remote_code: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
-        max_new_tokens: int | None = 4096,
         apply_chat_template_kwargs: Mapping[str, Any] | None = None,
-        max_batch_size: int = 32,
-        max_batch_tokens: int | None = None,
-        max_queued: int = 1024,
-        max_queued_tokens: int | None = None,
-        when_full: Literal["wait", "raise"] = "wait",
         prefill_tokens: int | None = None,
         share_weights: bool = False,
-        max_restarts: int = 3,
         locate: Callable[[str], str] = str,
+        **options: Unpack[EngineOptions],
     ) -> None:
-        if not isinstance(model_id, str) or not model_id.strip():
-            raise ConfigurationError("model_id must be a model folder or the name of a repository.")
-        for package in ("torch", "transformers"):
-            if importlib.util.find_spec(package) is None:
-                raise MissingExtraError(
-                    f'Local models need {package}, which is not installed: pip install "asyncmodels[transformers]"'
-                )
+        check_model(model_id)
+        require("transformers", "torch", "transformers")
         check_whole("prefill_tokens", prefill_tokens, optional=True)
-        for name, flag in (("share_weights", share_weights), ("trust_remote_code", trust_remote_code)):
-            if not isinstance(flag, bool):
-                raise ConfigurationError(f"{name} must be True or False, not {flag!r}.")
-        if model_kwargs is not None and not _is_keywords(model_kwargs):
-            raise ConfigurationError(f"model_kwargs must be a mapping from names to values, not {model_kwargs!r}.")
-        fault = template_fault(apply_chat_template_kwargs)
-        if fault is not None:
-            raise ConfigurationError(f"apply_chat_template_kwargs {fault}.")
-        self.model_id = model_id
+        check_flags(share_weights=share_weights, trust_remote_code=trust_remote_code)
+        check_keywords("model_kwargs", model_kwargs)
         factory = _factory(
             {
                 "model_id": model_id,
@@ -88,55 +72,7 @@ class TransformersBackend(Backend):
             {"share_weights": share_weights, "prefill_tokens": prefill_tokens},
             locate,
         )
-        self.engine = Engine(
-            factory,
-            model_id=model_id,
-            max_batch_size=max_batch_size,
-            max_batch_tokens=max_batch_tokens,
-            max_queued=max_queued,
-            max_queued_tokens=max_queued_tokens,
-            when_full=when_full,
-            max_new_tokens=max_new_tokens,
-            max_restarts=max_restarts,
-            chat_template_kwargs=apply_chat_template_kwargs,
-        )
-        # Nobody needs the engine of a backend that is gone: it frees its memory and its thread.
-        weakref.finalize(self, self.engine.abandon).atexit = False
-
-    async def load(self) -> None:
-        """Loads the model now instead of at the first request. Raises ModelLoadError; the next call tries again."""
-        await self.engine.start()
-
-    async def generate(self, request: Request, /) -> Response:
-        self.capabilities.check(request)
-        handle = await self.engine.submit(request, streaming=False)
-        builder = ResponseBuilder()
-        try:
-            async for delta in handle:
-                builder.add(delta)
-        finally:
-            handle.cancel()
-        return builder.response()
-
-    @asynccontextmanager
-    async def stream(self, request: Request, /) -> AsyncIterator[AsyncIterator[Delta]]:
-        self.capabilities.check(request, streaming=True)
-        handle = await self.engine.submit(request, streaming=True)
-        try:
-            await handle.begun()
-            yield handle
-        finally:
-            handle.cancel()
-
-    def statistics(self) -> EngineStatistics:
-        return self.engine.statistics()
-
-    async def aclose(self) -> None:
-        await self.engine.aclose()
-
-
-def _is_keywords(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+        super().__init__(factory, model_id=model_id, apply_chat_template_kwargs=apply_chat_template_kwargs, **options)
 
 
 def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]) -> Callable[[], Runner]:
@@ -151,7 +87,7 @@ def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable
     return make
 
 
-class TransformersModel(Model):
+class TransformersModel(LocalModel):
     """A Transformers model in this process, shared by everybody who awaits it::
 
         async with TransformersModel("HuggingFaceTB/SmolLM2-135M-Instruct") as model:
@@ -200,7 +136,7 @@ class TransformersModel(Model):
         policies: tuple[Callable[[Backend], Backend], ...] = (),
         **defaults: Unpack[Parameters],
     ) -> None:
-        self._local = TransformersBackend(
+        backend = TransformersBackend(
             model_id,
             device_map=device_map,
             torch_dtype=torch_dtype,
@@ -218,19 +154,9 @@ class TransformersModel(Model):
             max_restarts=max_restarts,
             locate=self._locate,
         )
-        super().__init__(self._local, *policies, defaults=defaults, model_id=model_id)
+        super().__init__(backend, *policies, **defaults)
 
     @staticmethod
     def _locate(model_id: str) -> str:
         """The folder or repository to load for ``model_id``; called by the owner thread, where it may block."""
         return model_id
-
-    async def load(self) -> None:
-        """Loads the model now instead of at the first call. Raises ModelLoadError; the next call tries again."""
-        self._calls.check_open()
-        await self._local.load()
-
-    async def __aenter__(self) -> Self:
-        await super().__aenter__()
-        await self.load()
-        return self

@@ -18,7 +18,7 @@ from asyncmodels.clock import Clock
 from asyncmodels.errors import AsyncModelsError, ClosedError, EngineDeadError, EngineError, ModelLoadError
 from asyncmodels.local.job import Job
 from asyncmodels.local.prompt import PromptEncoder
-from asyncmodels.local.runner import Failed, Runner, RunnerFactory, RunnerInfo, Sampled
+from asyncmodels.local.runner import Failed, Runner, RunnerFactory, RunnerInfo, RunnerLostError, Sampled
 from asyncmodels.local.scheduler import Scheduler
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.signals import OneShot, Outbox
@@ -102,6 +102,7 @@ class Worker:
         self._lock = threading.Lock()
         self._listening = True
         self._closing = False
+        self._runner: Runner | None = None
         self._jobs: dict[Sequence, Job] = {}
         self._loops: Counter[Any] = Counter()
         self._outbox = Outbox()
@@ -140,6 +141,8 @@ class Worker:
         with self._lock:
             if self._listening:
                 self._inbox.put(command)
+                if self._runner is not None:
+                    self._runner.wake()
             return self._listening
 
     def _at_exit(self) -> None:
@@ -154,7 +157,7 @@ class Worker:
         runner: Runner | None = None
         ready: Ready | None = None
         try:
-            runner = self._factory()
+            self._runner = runner = self._factory()
             ready = self._load(runner)
             self._serve(runner, ready)
         except BaseException as error:  # even a SystemExit: those who wait must hear of it
@@ -189,6 +192,8 @@ class Worker:
                 continue
             try:
                 outputs = runner.step()
+            except RunnerLostError:
+                raise
             except Exception as error:
                 self._survive(error, runner, scheduler)
                 continue
@@ -280,7 +285,7 @@ class Worker:
             content=text,
             logprobs=logprobs,
             finish_reason=reason,
-            usage=Usage(len(sequence.prompt), len(sequence.output)),
+            usage=Usage(len(sequence.prompt), len(sequence.output), sequence.cached),
             model=self.settings.model_id,
             id=sequence.id,
             timing=Timing(
