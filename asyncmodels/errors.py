@@ -36,6 +36,7 @@ AsyncModelsError
 │   ├── CallTimeoutError         timeout: the whole call, retries and waiting included
 │   ├── AttemptTimeoutError      attempt_timeout: one attempt
 │   └── IdleTimeoutError         idle_timeout: silence inside a stream
+├── BudgetExceededError          the call could cost more than is left; it was not made
 ├── EngineError                  a local engine could not serve the request
 │   ├── QueueFullError           admission refused: too many requests or tokens are queued
 │   └── EngineDeadError          the engine's thread died; carries the cause
@@ -53,6 +54,7 @@ __all__ = [
     "AsyncModelsError",
     "AttemptTimeoutError",
     "AuthenticationError",
+    "BudgetExceededError",
     "CallTimeoutError",
     "ClosedError",
     "ConfigurationError",
@@ -341,6 +343,27 @@ class IdleTimeoutError(DeadlineError):
     """A stream was silent for longer than ``idle_timeout``."""
 
     retryable = True
+
+
+class BudgetExceededError(AsyncModelsError):
+    """Raised before a call is made that could cost more than its budget has left.
+
+    ``needed`` is what the call could cost at most, ``left`` what the budget has, in ``unit``: a currency or "tokens".
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        needed: float | None = None,
+        left: float | None = None,
+        unit: str | None = None,
+        **data: Any,
+    ) -> None:
+        super().__init__(message, **data)
+        self.needed = needed
+        self.left = left
+        self.unit = unit
 
 
 # -- local engines, lifetimes -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ NAMES = [
     "AzureOpenAIServerModel",
     "Backend",
     "BedrockModel",
+    "BudgetExceededError",
     "Cache",
     "CacheStore",
     "CallTimeoutError",
