@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from asyncmodels.errors import ConfigurationError, UnsupportedError
+from asyncmodels.recipe import Reproducible
 from asyncmodels.types import (
     EBNF,
     Choice,
@@ -22,7 +23,17 @@ from asyncmodels.types import (
     TextPart,
 )
 
-__all__ = ["Backend", "Capabilities", "Identified", "Policy", "PolicyFactory", "Statistical", "compose", "links"]
+__all__ = [
+    "Backend",
+    "Branching",
+    "Capabilities",
+    "Identified",
+    "Policy",
+    "PolicyFactory",
+    "Statistical",
+    "compose",
+    "links",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +136,11 @@ class Backend(ABC):
         """Releases what the backend holds for good. Closing twice is allowed."""
 
 
-class Policy(Backend):
-    """A Backend around a Backend. Subclasses take the wrapped one first and settings by keyword."""
+class Policy(Backend, Reproducible):
+    """A Backend around a Backend. Subclasses take the wrapped one first and settings by keyword.
+
+    The settings are remembered as they were given, so that ``explain`` can show them.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -161,6 +175,18 @@ class Identified(Protocol):
 
         It holds no secret, for it is stored. None: it cannot be said.
         """
+        ...
+
+
+@runtime_checkable
+class Branching(Protocol):
+    """A link where a chain ends and several others begin: it sends each request down one of them.
+
+    It bounds the attempts of each by itself (see ``Attempt``); what lies around it must not bound them all together.
+    """
+
+    def branches(self) -> Mapping[str, Backend]:
+        """The others by their names."""
         ...
 
 

@@ -110,11 +110,14 @@ class AsyncModelsError(Exception):
         the provider's own error code, such as ``"context_length_exceeded"``.
     ``attempts``
         how many attempts were made before this error was let through.
+    ``tried``
+        for a call that several models were asked (``Fallback``, ``Route``): the name and the error of each other one.
 
     ``retryable`` says whether the same request can succeed a moment later.
     """
 
     retryable: bool = False
+    tried: tuple[tuple[str, Exception], ...] = ()
 
     def __init__(
         self,

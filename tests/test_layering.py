@@ -40,7 +40,7 @@ CORE: Mapping[str, set[str]] = {
     "formats": {"errors", "strict", "types"},
     "request": {"errors", "formats", "messages", "tools", "types"},
     # the seam and the face
-    "backend": {"errors", "types"},
+    "backend": {"errors", "recipe", "types"},
     "identity": {"backend", "types"},
     "deadline": {"errors"},
     "attempt": {"backend", "deadline", "errors", "types"},
