@@ -8,25 +8,52 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, as
 from asyncmodels.backend import Policy
 from asyncmodels.deadline import Watchdog, within
 from asyncmodels.errors import AttemptTimeoutError, IdleTimeoutError
+from asyncmodels.trace import RECORD, NotesAttempts, Record, RecordedStream
 from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["Attempt"]
 
 
-class Attempt(Policy):
+class Attempt(Policy, NotesAttempts):
     """Ends an attempt that hangs, after ``attempt_timeout``, and a stream that falls silent, after ``idle_timeout``.
+    Where somebody keeps a record of the call, the attempt is noted there.
 
     It lies inside of every other link, so that waiting for a slot does not count and a retry starts afresh. For a
     stream ``attempt_timeout`` runs until the first delta: a long answer that keeps coming does not hang.
     """
 
     async def generate(self, request: Request, /) -> Response:
+        record = RECORD.get()
+        if record is not None:
+            return await self._recorded(request, record)
         seconds = request.attempt_timeout
         if seconds is None:
             return await self.backend.generate(request)
-        return await within(seconds, self.backend.generate(request), lambda: _attempt_timeout(seconds))
+        return await self._bounded(request, seconds)
 
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
+        stream = self._stream(request)
+        record = RECORD.get()
+        return stream if record is None else RecordedStream(stream, record)
+
+    async def _bounded(self, request: Request, seconds: float) -> Response:
+        return await within(seconds, self.backend.generate(request), lambda: _attempt_timeout(seconds))
+
+    async def _recorded(self, request: Request, record: Record) -> Response:
+        attempt = record.attempt()
+        seconds = request.attempt_timeout
+        try:
+            answer = self.backend.generate(request) if seconds is None else self._bounded(request, seconds)
+            response = await answer
+        except BaseException as error:
+            if attempt is not None:
+                attempt.ended(None, error)
+            raise
+        if attempt is not None:
+            attempt.ended(response, None)
+        return response
+
+    def _stream(self, request: Request) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
         if request.attempt_timeout is None and request.idle_timeout is None:
             return self.backend.stream(request)
         return self._watched_stream(request, request.attempt_timeout, request.idle_timeout)

@@ -43,7 +43,9 @@ CORE: Mapping[str, set[str]] = {
     "backend": {"errors", "recipe", "types"},
     "identity": {"backend", "types"},
     "deadline": {"errors"},
-    "attempt": {"backend", "deadline", "errors", "types"},
+    "origin": {"backend"},
+    "trace": {"backend", "types"},
+    "attempt": {"backend", "deadline", "errors", "trace", "types"},
     "calls": {"errors", "messages", "types"},
     "stream": {"backend", "calls", "deadline", "errors", "formats", "messages", "types"},
     "model": {
@@ -73,7 +75,7 @@ CORE: Mapping[str, set[str]] = {
 """What each module of the core imports when it is imported; "" is the package itself."""
 
 PACKAGES: Mapping[str, set[str]] = {
-    "policies": {"backend", "clock", "errors", "identity", "types"},
+    "policies": {"backend", "clock", "errors", "identity", "origin", "trace", "types"},
     "remote": {"", "backend", "clock", "errors", "messages", "model", "request", "stopping", "stream", "types"},
     "local": {"backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
     "batch": {"backend", "clock", "errors", "messages", "model", "request", "types"},
@@ -95,6 +97,17 @@ PARTS: Mapping[str, set[str]] = {
         "policies.cached_answer",
         "policies.disk_store",
         "policies.fingerprint",
+    },
+    "policies.budget": {"policies.budget_ledger", "policies.prices", "policies.worst_case"},
+    "policies.telemetry_log": {"policies.telemetry_call", "policies.telemetry_events"},
+    "policies.telemetry_hook": {"policies.telemetry_call", "policies.telemetry_events"},
+    "policies.telemetry_spans": {"policies.telemetry_call", "policies.telemetry_prompts"},
+    "policies.telemetry": {
+        "policies.telemetry_call",
+        "policies.telemetry_events",
+        "policies.telemetry_hook",
+        "policies.telemetry_log",
+        "policies.telemetry_spans",
     },
     "policies.shared_stream": {"policies.own_copy"},
     "policies.single_flight": {"policies.own_copy", "policies.shared_stream"},
@@ -124,6 +137,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "callable": {"anyio"},
     "policies.redis_store": {"redis"},
     "policies.retry": {"tenacity"},
+    "policies.telemetry_spans": {"opentelemetry"},
     "remote.aiohttp_protocol": {"aiohttp"},
     "remote.bedrock": {"aiobotocore"},
     "remote.bedrock_client": {"aiobotocore", "aiohttp", "botocore"},
@@ -145,6 +159,7 @@ FOREIGN: Mapping[str, set[str]] = {
 FOREIGN_LAZY: Mapping[str, set[str]] = {
     "formats": {"jsonschema", "pydantic", "referencing"},
     "images": {"PIL"},
+    "policies.prices": {"genai_prices"},
     "tools": {"griffe", "pydantic"},
 }
 """Those that cost more than the module that needs them, and that most programs never need."""

@@ -24,6 +24,7 @@ from asyncmodels.errors import (
 )
 from asyncmodels.policies.adaptive import AdaptiveLimit, LimitChange
 from asyncmodels.policies.slots import Slots
+from asyncmodels.trace import note_wait
 from asyncmodels.types import Delta, Request, Response, Timing, Usage, evolve
 
 __all__ = ["Concurrency", "ConcurrencyStatistics", "LimitChange"]
@@ -185,8 +186,11 @@ class Concurrency(Policy):
             raise
         except BaseException:
             self._slots.leave(waiter)
+            note_wait("queue", self._clock.time() - started)
             raise
-        return waiter.level, self._clock.time() - started
+        waited = self._clock.time() - started
+        note_wait("queue", waited)
+        return waiter.level, waited
 
     # A call gives its slot back in one of these two.
 
