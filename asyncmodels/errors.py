@@ -37,6 +37,8 @@ AsyncModelsError
 │   ├── AttemptTimeoutError      attempt_timeout: one attempt
 │   └── IdleTimeoutError         idle_timeout: silence inside a stream
 ├── BudgetExceededError          the call could cost more than is left; it was not made
+├── CircuitOpenError             the endpoint fails too often; nothing was sent, see .retry_after
+├── RepeatedFailureError         this request fails in the same way every time, while others are answered
 ├── EngineError                  a local engine could not serve the request
 │   ├── QueueFullError           admission refused: too many requests or tokens are queued
 │   └── EngineDeadError          the engine's thread died; carries the cause
@@ -48,7 +50,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from asyncmodels.types import Response
+    from asyncmodels.types import RateLimits, Response
 
 __all__ = [
     "AsyncModelsError",
@@ -56,6 +58,7 @@ __all__ = [
     "AuthenticationError",
     "BudgetExceededError",
     "CallTimeoutError",
+    "CircuitOpenError",
     "ClosedError",
     "ConfigurationError",
     "ConflictError",
@@ -83,6 +86,7 @@ __all__ = [
     "QuotaExceededError",
     "RateLimitError",
     "ReadTimeoutError",
+    "RepeatedFailureError",
     "ResponseFormatError",
     "ServerError",
     "ServerTimeoutError",
@@ -112,12 +116,15 @@ class AsyncModelsError(Exception):
         how many attempts were made before this error was let through.
     ``tried``
         for a call that several models were asked (``Fallback``, ``Route``): the name and the error of each other one.
+    ``rate_limits``
+        what the provider said of its rate limits beside its refusal.
 
     ``retryable`` says whether the same request can succeed a moment later.
     """
 
     retryable: bool = False
     tried: tuple[tuple[str, Exception], ...] = ()
+    rate_limits: RateLimits | None = None
 
     def __init__(
         self,
@@ -367,6 +374,25 @@ class BudgetExceededError(AsyncModelsError):
         self.needed = needed
         self.left = left
         self.unit = unit
+
+
+# -- what failed too often --------------------------------------------------------------------------------------------
+
+
+class CircuitOpenError(AsyncModelsError):
+    """Raised by ``Breaker`` before anything is sent to an endpoint that has failed too often just now.
+
+    ``retry_after`` says after how many seconds it is tried again. Not retryable: whoever has another endpoint asks that
+    one at once.
+    """
+
+
+class RepeatedFailureError(AsyncModelsError):
+    """Raised by ``Retry`` for a request that failed in the same way every time, while others were answered.
+
+    The cause is the last failure, where it happened in this call. Without one nothing was sent, because the request has
+    failed before; ``retry_after`` says after how many seconds it is tried again.
+    """
 
 
 # -- local engines, lifetimes -----------------------------------------------------------------------------------------

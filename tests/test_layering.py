@@ -75,7 +75,7 @@ CORE: Mapping[str, set[str]] = {
 """What each module of the core imports when it is imported; "" is the package itself."""
 
 PACKAGES: Mapping[str, set[str]] = {
-    "policies": {"backend", "clock", "errors", "identity", "origin", "trace", "types"},
+    "policies": {"backend", "clock", "errors", "formats", "identity", "origin", "trace", "types"},
     "remote": {"", "backend", "clock", "errors", "messages", "model", "request", "stopping", "stream", "types"},
     "local": {"backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
     "batch": {"backend", "clock", "errors", "messages", "model", "request", "types"},
@@ -109,6 +109,17 @@ PARTS: Mapping[str, set[str]] = {
         "policies.telemetry_log",
         "policies.telemetry_spans",
     },
+    "policies.retry_budget": set(),
+    "policies.retry_schedule": {"policies.timer"},
+    "policies.retry": {
+        "policies.opened_stream",
+        "policies.reask",
+        "policies.repeated_failures",
+        "policies.retry_budget",
+        "policies.retry_schedule",
+    },
+    "policies.breaker": {"policies.circuit", "policies.opened_stream"},
+    "policies.hedge": {"policies.hedged_stream", "policies.opened_stream", "policies.quantile", "policies.timer"},
     "policies.shared_stream": {"policies.own_copy"},
     "policies.single_flight": {"policies.own_copy", "policies.shared_stream"},
 }
