@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, Unpack
 
@@ -12,16 +12,15 @@ import httpx2
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.remote.azure_client import Surface, configure_azure
-from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
+from asyncmodels.remote.chain import RemoteParameters, remote_chain, split
 from asyncmodels.remote.endpoint import APIKey
-from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, retry_of
+from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, with_retries
 from asyncmodels.remote.pool import TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
 from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.token_chat import TokenChatBackend
 from asyncmodels.remote.tokens import AccessToken, TokenCache, TokenProvider
 from asyncmodels.remote.wire import Dialect
-from asyncmodels.request import Parameters
 
 __all__ = ["AzureOpenAIBackend", "AzureOpenAIModel", "AzureOpenAIServerModel", "Credential"]
 
@@ -77,18 +76,16 @@ class AzureOpenAIModel(Model):
         custom_role_conversions: Mapping[str, str] | None = None,
         *,
         quirks: Quirks | None = None,
-        max_concurrency: ConcurrencyLimit | None = None,
-        retry: bool | int | PolicyLike = True,
-        policies: Sequence[PolicyLike] | None = None,
         http_client: httpx2.AsyncClient | None = None,
         transport: TransportChoice = "auto",
         http2: bool = False,
         max_tokens_field: str | None = None,
-        **defaults: Unpack[Parameters],
+        **settings: Unpack[RemoteParameters],
     ) -> None:
         require_model_id("AzureOpenAIModel", model_id, "my-deployment")
         options = checked_options(client_kwargs)
-        retry = retry_of(options, retry=retry, policies=policies)
+        chain, defaults = split(settings)
+        chain = with_retries(options, chain)
         if not isinstance(max_tokens_field, str | None):
             raise ConfigurationError(f"max_tokens_field must be the name of a field, not {max_tokens_field!r}.")
         pool = make_pool(options, http_client=http_client, transport=transport, http2=http2)
@@ -114,7 +111,7 @@ class AzureOpenAIModel(Model):
         )
         super().__init__(
             backend,
-            *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
+            *remote_chain(**chain),
             defaults=defaults,
             model_id=model_id,
         )

@@ -1,48 +1,122 @@
-"""The default chain of remote models: the one place of this package that knows policies by name."""
+"""The default chain of remote models: the one place of this package that knows policies by name.
+
+Outermost first: cache, single flight, retry, budget, rate limit, concurrency. Retry, the rate limits that the server's
+headers tell, and the adaptive concurrency are always there; the others come with their keyword.
+"""
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
 
 from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError
+from asyncmodels.policies.cache import Cache
+from asyncmodels.policies.cache_store import CacheStore
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry, RetryBudget
+from asyncmodels.policies.single_flight import SingleFlight
+from asyncmodels.request import PARAMETERS, Parameters, UntimedParameters
 
-__all__ = ["DEFAULT_CONCURRENCY", "ConcurrencyLimit", "PolicyLike", "remote_chain"]
+__all__ = [
+    "ChainOptions",
+    "ConcurrencyLimit",
+    "PolicyLike",
+    "RemoteParameters",
+    "UntimedRemoteParameters",
+    "remote_chain",
+    "split",
+]
 
 PolicyLike = Callable[[Backend], Backend]
 ConcurrencyLimit: TypeAlias = int | Literal["auto"]
 """A number of calls, or ``"auto"``: whatever the server turns out to take."""
-
-DEFAULT_CONCURRENCY: ConcurrencyLimit = 1000
-"""Calls in flight per model unless ``max_concurrency`` says otherwise; as many as the openai package opens."""
+CachePlace: TypeAlias = CacheStore | str | os.PathLike[str]
 
 
-def remote_chain(
-    *, max_concurrency: ConcurrencyLimit | None, retry: bool | int | PolicyLike, policies: Sequence[PolicyLike] | None
-) -> Sequence[PolicyLike]:
-    """The policies around a remote backend, outermost first; ``policies`` replaces them all.
+class ChainOptions(TypedDict, total=False):
+    """The keyword arguments that all remote models share, about what is put around the provider."""
 
-    ``retry`` is True for the default, False for none, a number of attempts, or a policy. ``max_concurrency=None`` is
-    the default limit.
+    max_concurrency: ConcurrencyLimit | None
+    """Calls in flight: a number, or ``"auto"``, the default, for whatever the server turns out to take."""
+    retry: bool | int | PolicyLike
+    """True, the default; False for none; a number of attempts; or a policy."""
+    cache: bool | CachePlace | PolicyLike | None
+    """True for a cache in memory; a path or a store for another; or a policy. Identical calls in flight become one."""
+    policies: Sequence[PolicyLike] | None
+    """Replaces the default chain, outermost first."""
+
+
+class RemoteParameters(Parameters, ChainOptions, total=False):
+    """What a remote model takes by keyword: what is put around the provider, and parameters for every call."""
+
+
+class UntimedRemoteParameters(UntimedParameters, ChainOptions, total=False):
+    """``RemoteParameters`` without ``timeout``, for a constructor that has a parameter of that name already."""
+
+
+def split(settings: RemoteParameters | UntimedRemoteParameters) -> tuple[ChainOptions, Parameters]:
+    """What of ``settings`` is for the chain, and what is a parameter of every call.
+
+    Raises ConfigurationError for a name that looks like one of the chain's and is none.
     """
+    chain: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    for name, value in settings.items():
+        (chain if name in _NAMES else defaults)[name] = value
+        if name not in _NAMES and name not in PARAMETERS:
+            close = difflib.get_close_matches(name, _NAMES, n=1)
+            if close:
+                raise ConfigurationError(f"Unknown parameter {name!r}: did you mean {close[0]!r}?")
+    return cast(ChainOptions, chain), cast(Parameters, defaults)
+
+
+_NAMES = frozenset(ChainOptions.__annotations__)
+
+
+def remote_chain(**options: Unpack[ChainOptions]) -> Sequence[PolicyLike]:
+    """The policies around a remote backend, outermost first. Raises ConfigurationError for what makes no sense."""
+    policies = options.get("policies")
     if policies is not None:
         if not isinstance(policies, Sequence):
             raise ConfigurationError(f"policies is a list of policies, not {policies!r}.")
-        if max_concurrency is not None or retry is not True:
-            raise ConfigurationError("policies replaces the default chain; put the limit and the retry into it.")
+        unset = {"policies": policies, "retry": True, "cache": False}
+        others = [name for name, value in options.items() if value is not None and value is not unset.get(name)]
+        if others:
+            raise ConfigurationError(f"policies replaces the default chain; put {' and '.join(others)} into it.")
         return tuple(policies)
-    limit = DEFAULT_CONCURRENCY if max_concurrency is None else max_concurrency
-    concurrency = partial(Concurrency, limit=limit)
+    limit = options.get("max_concurrency")
+    limit = DEFAULT_CONCURRENCY if limit is None else limit
+    return (
+        *_caching(options.get("cache")),
+        *_retrying(options.get("retry", True), limit),
+        partial(Concurrency, limit=limit),
+    )
+
+
+def _caching(cache: bool | CachePlace | PolicyLike | None) -> Sequence[PolicyLike]:
+    if cache is None or cache is False:
+        return ()
+    if callable(cache):
+        return (cache,)
+    store = None if cache is True else cache
+    return (partial(Cache, store=store), SingleFlight)
+
+
+def _retrying(retry: bool | int | PolicyLike, limit: ConcurrencyLimit) -> Sequence[PolicyLike]:
     if callable(retry):
-        return (retry, concurrency)
+        return (retry,)
     if retry is False:
-        return (concurrency,)
+        return ()
     settings: dict[str, Any] = {} if retry is True else {"attempts": retry}
     # When a server stumbles, everything in flight fails at once: the reserve lets all of it have one more attempt.
     # That is as many as the limit; "auto" rarely fails them all, and what is no limit at all, Concurrency refuses.
     reserve = max(100, limit) if isinstance(limit, int) else 100
-    return (partial(Retry, budget=RetryBudget(reserve=reserve), **settings), concurrency)
+    return (partial(Retry, budget=RetryBudget(reserve=reserve), **settings),)
+
+
+DEFAULT_CONCURRENCY: ConcurrencyLimit = 1000
+"""Calls in flight per model unless ``max_concurrency`` says otherwise; as many as the openai package opens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, Unpack
@@ -13,7 +13,7 @@ from huggingface_hub import constants, get_token
 from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingKeyError
 from asyncmodels.model import Model
-from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
+from asyncmodels.remote.chain import UntimedRemoteParameters, remote_chain, split
 from asyncmodels.remote.endpoint import require_headers, require_sendable
 from asyncmodels.remote.hf_lookup import HubToken, Lookup, ask_helper
 from asyncmodels.remote.hf_routing import (
@@ -25,14 +25,13 @@ from asyncmodels.remote.hf_routing import (
     same_name,
     who_knows,
 )
-from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, retry_of
+from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, with_retries
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
 from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.token_chat import TokenChatBackend
 from asyncmodels.remote.tokens import TokenCache
 from asyncmodels.remote.wire import Dialect, request_body
-from asyncmodels.request import UntimedParameters
 from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["HfApiModel", "HuggingFaceBackend", "InferenceClientModel"]
@@ -80,19 +79,17 @@ class InferenceClientModel(Model):
         base_url: str | None = None,
         *,
         quirks: Quirks | None = None,
-        max_concurrency: ConcurrencyLimit | None = None,
-        retry: bool | int | PolicyLike = True,
-        policies: Sequence[PolicyLike] | None = None,
         http_client: httpx2.AsyncClient | None = None,
         transport: TransportChoice = "auto",
         http2: bool = False,
-        **defaults: Unpack[UntimedParameters],
+        **settings: Unpack[UntimedRemoteParameters],
     ) -> None:
         _check_texts(model_id=model_id, provider=provider, token=token, api_key=api_key, base_url=base_url)
         if token is not None and api_key is not None:
             raise ConfigurationError("token and api_key are two names of one thing: give one of them.")
         options = _options(client_kwargs)
-        retry = retry_of(options, retry=retry, policies=policies)
+        chain, defaults = split(settings)
+        chain = with_retries(options, chain)
         own = _own_headers(options, bill_to)
         pool = make_pool(options, http_client=http_client, transport=transport, http2=http2)
         model_id, url = _model_and_url(model_id, base_url)
@@ -110,7 +107,7 @@ class InferenceClientModel(Model):
             HuggingFaceBackend(
                 name, way, pool=pool, dialect=dialect, capabilities=capabilities_of(known), tokens=tokens
             ),
-            *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
+            *remote_chain(**chain),
             defaults=defaults if timeout is None else {"timeout": timeout, **defaults},
             model_id=name,
         )

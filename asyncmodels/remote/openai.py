@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack, get_args
 
 import httpx2
 
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
-from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
+from asyncmodels.remote.chain import RemoteParameters, remote_chain, split
 from asyncmodels.remote.chat import ChatBackend
 from asyncmodels.remote.endpoint import APIKey, Endpoint
 from asyncmodels.remote.openai_client import configure
-from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, retry_of
+from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, with_retries
 from asyncmodels.remote.pool import TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks, provider_named
 from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.responses import RESPONSES_SAMPLING, ResponsesBackend
 from asyncmodels.remote.wire import Dialect
-from asyncmodels.request import Parameters
 
 __all__ = ["OpenAIBackend", "OpenAIModel", "OpenAIResponsesBackend", "OpenAIServerModel"]
 
@@ -65,21 +64,19 @@ class OpenAIModel(Model):
         api: API = "chat",
         provider: str | None = None,
         quirks: Quirks | None = None,
-        max_concurrency: ConcurrencyLimit | None = None,
-        retry: bool | int | PolicyLike = True,
-        policies: Sequence[PolicyLike] | None = None,
         http_client: httpx2.AsyncClient | None = None,
         transport: TransportChoice = "auto",
         http2: bool = False,
         max_tokens_field: str | None = None,
-        **defaults: Unpack[Parameters],
+        **settings: Unpack[RemoteParameters],
     ) -> None:
         require_model_id("OpenAIModel", model_id, "gpt-5")
         if api not in _PATHS:
             raise ConfigurationError(f"api must be {' or '.join(map(repr, get_args(API)))}, not {api!r}.")
         row = None if provider is None else provider_named(provider)
         options = checked_options(client_kwargs)
-        retry = retry_of(options, retry=retry, policies=policies)
+        chain, defaults = split(settings)
+        chain = with_retries(options, chain)
         if not isinstance(max_tokens_field, str | None):
             raise ConfigurationError(f"max_tokens_field must be the name of a field, not {max_tokens_field!r}.")
         pool = make_pool(options, http_client=http_client, transport=transport, http2=http2)
@@ -108,7 +105,7 @@ class OpenAIModel(Model):
             backend = OpenAIBackend(model_id, endpoint, pool=pool, dialect=dialect, capabilities=able)
         super().__init__(
             backend,
-            *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
+            *remote_chain(**chain),
             defaults=defaults,
             model_id=model_id,
         )

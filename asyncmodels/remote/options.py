@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any, get_args
 
 import httpx2
 
 from asyncmodels.errors import ConfigurationError
-from asyncmodels.remote.chain import PolicyLike
+from asyncmodels.remote.chain import ChainOptions
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
 from asyncmodels.types import Role
 
-__all__ = ["checked_conversions", "checked_options", "make_pool", "require_model_id", "retry_of"]
+__all__ = ["checked_conversions", "checked_options", "make_pool", "require_model_id", "with_retries"]
 
 
 def require_model_id(cls: str, model_id: object, example: str) -> None:
@@ -77,14 +77,15 @@ def checked_options(client_kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     return options
 
 
-def retry_of(
-    options: dict[str, Any], *, retry: bool | int | PolicyLike, policies: Sequence[PolicyLike] | None
-) -> bool | int | PolicyLike:
-    """``retry``, or what ``max_retries`` of ``client_kwargs`` asks for where nothing else does; takes it out."""
+def with_retries(options: dict[str, Any], chain: ChainOptions) -> ChainOptions:
+    """``chain``, with the retries that ``max_retries`` of ``client_kwargs`` asks for where nothing else does.
+
+    Takes it out of ``options``.
+    """
     retries = options.pop("max_retries", None)
-    if retries is None or retry is not True or policies is not None:
-        return retry
-    return retries + 1 if retries else False
+    if retries is None or chain.get("retry", True) is not True or chain.get("policies") is not None:
+        return chain
+    return {**chain, "retry": retries + 1 if retries else False}
 
 
 def make_pool(
