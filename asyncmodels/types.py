@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 __all__ = [
     "EBNF",
+    "Allowance",
     "Choice",
     "Delta",
     "FinishReason",
@@ -22,6 +23,7 @@ __all__ = [
     "Message",
     "Part",
     "ProviderPart",
+    "RateLimits",
     "Regex",
     "Request",
     "Response",
@@ -294,6 +296,38 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """What a provider says of one of its limits: ``limit`` per ``window`` seconds, of which ``remaining`` are left.
+
+    After ``reset`` seconds, counted from the answer, the whole limit is there again. None is what it did not say; most
+    providers count by the minute and say nothing of the ``window``.
+    """
+
+    limit: int | None = None
+    remaining: int | None = None
+    reset: float | None = None
+    window: float | None = None
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class RateLimits:
+    """What a provider says of its rate limits beside an answer, or beside its refusal to answer; None: nothing.
+
+    ``tokens`` are those of input and output together.
+    """
+
+    # No plain defaults: headers are read when the first of these is looked for and not found, see remote/limit_headers.
+    requests: Allowance | None = field(default_factory=_nothing)
+    tokens: Allowance | None = field(default_factory=_nothing)
+    input_tokens: Allowance | None = field(default_factory=_nothing)
+    output_tokens: Allowance | None = field(default_factory=_nothing)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """Seconds: waiting for a slot, until the first token, being served, and all together."""
 
@@ -325,6 +359,8 @@ class Response:
     timing: Timing = Timing()
     attempts: int = 1
     cached: bool = False
+    rate_limits: RateLimits | None = field(default=None, repr=False, compare=False)
+    """What was left of the provider's limits when it answered, where it said so."""
     extra: Mapping[str, Any] | None = field(default=None, repr=False)
     raw: Any = field(default=None, repr=False, compare=False)
 
@@ -345,6 +381,7 @@ class Response:
             timing=self.timing,
             attempts=self.attempts,
             cached=self.cached,
+            rate_limits=self.rate_limits,
             extra=self.extra,
         )
 
@@ -378,6 +415,8 @@ class Delta:
     timing: Timing | None = None
     attempts: int | None = None
     cached: bool = False
+    rate_limits: RateLimits | None = field(default=None, repr=False, compare=False)
+    """What was left of the provider's limits when the answer began; it comes with the first piece."""
     extra: Mapping[str, Any] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -402,6 +441,7 @@ class ResponseBuilder:
         self._timing = Timing()
         self._attempts = 1
         self._cached = False
+        self._rate_limits: RateLimits | None = None
         self._extra: Mapping[str, Any] | None = None
 
     def add(self, delta: Delta) -> None:
@@ -427,6 +467,8 @@ class ResponseBuilder:
             self._attempts = delta.attempts
         if delta.cached:
             self._cached = True
+        if delta.rate_limits is not None:
+            self._rate_limits = delta.rate_limits
         if delta.extra is not None:
             self._extra = delta.extra
 
@@ -445,6 +487,7 @@ class ResponseBuilder:
             timing=self._timing,
             attempts=self._attempts,
             cached=self._cached,
+            rate_limits=self._rate_limits,
             extra=self._extra,
         )
 

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from asyncmodels import types
 from asyncmodels.types import (
     EBNF,
+    Allowance,
     Choice,
     Delta,
     ImagePart,
     JSONSchema,
     Message,
     ProviderPart,
+    RateLimits,
     Regex,
     Request,
     Response,
@@ -50,6 +52,8 @@ VALUES: list[Any] = [
     Usage(1, 2),
     TokenLogprob("a", -0.1),
     Timing(),
+    Allowance(limit=60, remaining=59, reset=1.0),
+    RateLimits(requests=Allowance(limit=60)),
     Response(content="Hi"),
     ToolCallDelta(0),
     Delta(content="Hi"),

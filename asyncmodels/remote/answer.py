@@ -12,6 +12,7 @@ import httpx2
 import orjson
 
 from asyncmodels.errors import AsyncModelsError, InvalidResponseError, StreamError, TruncatedResponseError
+from asyncmodels.remote.limit_headers import rate_limits_of
 from asyncmodels.remote.logprob_gate import LogprobGate
 from asyncmodels.remote.pool import body_of, read_body
 from asyncmodels.remote.sse import ServerSentEvent, SSEDecoder
@@ -62,7 +63,11 @@ def response_of(answer: httpx2.Response, request: Request, started: float, read:
         response = read(data, request_id=None, service=time.perf_counter() - started)
     except AsyncModelsError as error:
         error.request_id = request_id_of(answer.headers)
+        error.rate_limits = rate_limits_of(answer)
         raise
+    limits = rate_limits_of(answer)
+    if limits is not None:
+        response = evolve(response, rate_limits=limits)
     if request.stop_sequences and response.content:
         # Not every server honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
@@ -111,6 +116,9 @@ async def deltas_of(
                     continue
                 if first_token is None:
                     first_token = time.perf_counter() - started
+                    limits = rate_limits_of(answer)
+                    if limits is not None:
+                        delta = evolve(delta, rate_limits=limits)
                 if matcher is not None and (delta.content or delta.logprobs):
                     text = matcher.push(delta.content)
                     shown = gate.push(delta.logprobs, len(text))
@@ -125,6 +133,7 @@ async def deltas_of(
                             tool_calls=delta.tool_calls,
                             model=delta.model or last.model,
                             id=delta.id or last.id,
+                            rate_limits=delta.rate_limits,
                         )
                         return
                     delta = evolve(delta, content=text, logprobs=shown)
@@ -141,7 +150,8 @@ async def deltas_of(
         )
     timing = Timing(first_token=first_token, service=time.perf_counter() - started)
     last = reader.last(content=matcher.flush() if matcher is not None else "", timing=timing)
-    yield evolve(last, logprobs=gate.rest())
+    limits = rate_limits_of(answer) if first_token is None else None
+    yield evolve(last, logprobs=gate.rest(), rate_limits=limits)
     await _drain(pieces)
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from asyncmodels.errors import InvalidResponseError, TruncatedResponseError
+from asyncmodels.remote.limit_headers import rate_limits_in
 from asyncmodels.remote.litellm_wire import Wire
 from asyncmodels.remote.logprob_gate import LogprobGate
 from asyncmodels.remote.wire import ChunkReader, response_from
 from asyncmodels.stopping import StopMatcher, cut
-from asyncmodels.types import Delta, Request, Response, Timing, evolve
+from asyncmodels.types import Delta, RateLimits, Request, Response, Timing, evolve
 
 __all__ = ["deltas_from", "response_from_litellm"]
 
@@ -31,7 +32,7 @@ def response_from_litellm(answer: Any, request: Request, started: float) -> Resp
         "usage": _usage(getattr(answer, "usage", None)),
     }
     response = response_from(data, request_id=None, service=time.perf_counter() - started)
-    response = evolve(response, raw=answer)
+    response = evolve(response, raw=answer, rate_limits=_rate_limits(answer))
     if request.stop_sequences and response.content:
         # Not every provider honours every stop; where it did, this finds nothing.
         text, stop = cut(response.content, request.stop_sequences)
@@ -58,6 +59,7 @@ async def deltas_from(stream: Any, request: Request, started: float, wire: Wire)
             continue
         if first_token is None:
             first_token = time.perf_counter() - started
+            delta = evolve(delta, rate_limits=_rate_limits(source))
         if matcher is not None and (delta.content or delta.logprobs):
             text = matcher.push(delta.content)
             shown = gate.push(delta.logprobs, len(text))
@@ -143,6 +145,14 @@ def _reported_usage(source: Any) -> Any:
         if usage is not None:
             return usage
     return None
+
+
+def _rate_limits(answer: Any) -> RateLimits | None:
+    """What the provider's headers say, which litellm hands on under names of its own."""
+    headers = (getattr(answer, "_hidden_params", None) or {}).get("additional_headers")
+    if not isinstance(headers, Mapping):
+        return None
+    return rate_limits_in({str(name).removeprefix("llm_provider-"): value for name, value in headers.items()})
 
 
 # -- pydantic models to the dicts of OpenAI's API ---------------------------------------------------------------------

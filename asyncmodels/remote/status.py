@@ -27,6 +27,7 @@ from asyncmodels.errors import (
     ServerTimeoutError,
     StreamError,
 )
+from asyncmodels.remote.limit_headers import rate_limits_in
 
 __all__ = ["error_from_body", "error_from_response", "request_id_of", "retry_after"]
 
@@ -121,7 +122,7 @@ def error_from_response(status: int, headers: Mapping[str, str], body: bytes) ->
         message = headers.get("x-error-message") or _excerpt(body)
     code = code or headers.get("x-error-code")
     text = f"The provider answered {status}{f': {message}' if message else '.'}"
-    return _error(
+    error = _error(
         _kind(status, code),
         text,
         message,
@@ -130,6 +131,8 @@ def error_from_response(status: int, headers: Mapping[str, str], body: bytes) ->
         retry_after=_first(retry_after(status, headers), _loading_time(data), _retry_delay(data)),
         request_id=request_id_of(headers),
     )
+    error.rate_limits = rate_limits_in(headers)
+    return error
 
 
 def error_from_body(

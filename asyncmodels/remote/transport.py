@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx2
 
@@ -85,7 +86,7 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
             connection.status,
             headers=connection.headers,
             stream=_EMPTY,
-            extensions={"http_version": connection.version, "reason_phrase": connection.reason},
+            extensions=_extensions(connection),
         )
         # What Response.read() would do at six times the cost; tests/remote/test_transport.py holds it to the same.
         response._content = answer
@@ -257,7 +258,7 @@ class AsyncioTransport(httpx2.AsyncBaseTransport):
             connection.status,
             headers=connection.headers,
             stream=Body(self, origin, connection),
-            extensions={"http_version": connection.version, "reason_phrase": connection.reason},
+            extensions=_extensions(connection),
         )
 
     def release(self, origin: Origin, connection: Connection) -> None:
@@ -293,6 +294,14 @@ class Body(httpx2.AsyncByteStream):
         connection, self._connection = self._connection, None
         if connection is not None:
             self._transport.release(self._origin, connection)
+
+
+def _extensions(connection: Connection) -> dict[str, Any]:
+    return {
+        "http_version": connection.version,
+        "reason_phrase": connection.reason,
+        "raw_headers": connection.headers,  # as they came: httpx2 makes others of them, which takes its time
+    }
 
 
 _EMPTY = httpx2.ByteStream(b"")
