@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         UnknownSchemeError,
         UnsupportedError,
     )
+    from asyncmodels.explanation import Explanation, explain
     from asyncmodels.local.smollm import SmolLMModel
     from asyncmodels.local.transformers import TransformersModel
     from asyncmodels.model import Model, Statistics
@@ -65,8 +66,10 @@ if TYPE_CHECKING:
     from asyncmodels.policies.cache_store import CacheStore, MemoryStore
     from asyncmodels.policies.concurrency import Concurrency
     from asyncmodels.policies.disk_store import DiskStore
+    from asyncmodels.policies.fallback import Fallback
     from asyncmodels.policies.redis_store import RedisStore
     from asyncmodels.policies.retry import Retry, RetryBudget
+    from asyncmodels.policies.route import Route
     from asyncmodels.policies.single_flight import SingleFlight
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
     from asyncmodels.remote.quirks import Quirks
     from asyncmodels.request import Parameters
+    from asyncmodels.several import FallbackModel, RouteModel
     from asyncmodels.stream import Stream
     from asyncmodels.sync import SyncModel, SyncStream
     from asyncmodels.types import (
@@ -134,6 +138,9 @@ __all__ = [
     "EngineDeadError",
     "EngineError",
     "EventLoopError",
+    "Explanation",
+    "Fallback",
+    "FallbackModel",
     "HfApiModel",
     "IdleTimeoutError",
     "ImagePart",
@@ -172,6 +179,8 @@ __all__ = [
     "ResponseFormatError",
     "Retry",
     "RetryBudget",
+    "Route",
+    "RouteModel",
     "ServerError",
     "ServerTimeoutError",
     "SingleFlight",
@@ -195,6 +204,7 @@ __all__ = [
     "UnsupportedError",
     "Usage",
     "compose",
+    "explain",
     "load",
     "schemes",
 ]
@@ -213,6 +223,9 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "CallableModel": ("asyncmodels.callable", None),
     "Concurrency": ("asyncmodels.policies.concurrency", None),
     "DiskStore": ("asyncmodels.policies.disk_store", None),
+    "Explanation": ("asyncmodels.explanation", None),
+    "Fallback": ("asyncmodels.policies.fallback", None),
+    "FallbackModel": ("asyncmodels.several", None),
     "HfApiModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "InferenceClientModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "LiteLLMModel": ("asyncmodels.remote.litellm", "litellm"),
@@ -226,6 +239,8 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "RedisStore": ("asyncmodels.policies.redis_store", "redis"),
     "Retry": ("asyncmodels.policies.retry", None),
     "RetryBudget": ("asyncmodels.policies.retry", None),
+    "Route": ("asyncmodels.policies.route", None),
+    "RouteModel": ("asyncmodels.several", None),
     "SingleFlight": ("asyncmodels.policies.single_flight", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
     "Statistics": ("asyncmodels.model", None),
@@ -233,6 +248,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "SyncModel": ("asyncmodels.sync", None),
     "SyncStream": ("asyncmodels.sync", None),
     "TransformersModel": ("asyncmodels.local.transformers", "transformers"),
+    "explain": ("asyncmodels.explanation", None),
 }
 _MODULES = ("types", "errors", "backend", "registry")
 

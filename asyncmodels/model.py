@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, Unpack
 
 from asyncmodels.attempt import Attempt
-from asyncmodels.backend import Backend, Capabilities, Statistical, compose, links
+from asyncmodels.backend import Backend, Branching, Capabilities, Statistical, compose, links
 from asyncmodels.calls import Calls, call_timeout, require_asyncio, with_images
 from asyncmodels.deadline import within
 from asyncmodels.errors import ConfigurationError, InvalidResponseError
@@ -21,12 +21,15 @@ from asyncmodels.stream import Stream
 from asyncmodels.types import Message, Request, Response, evolve
 
 if TYPE_CHECKING:
+    from asyncmodels.explanation import Explanation
     from asyncmodels.sync import SyncModel
 
 __all__ = ["Messages", "Model", "Statistics"]
 
 Messages: TypeAlias = str | Message | Mapping[str, Any] | Sequence[Message | Mapping[str, Any] | Any] | Request
 """What ``generate`` and ``stream`` take: a string, dicts in OpenAI's or smolagents' shape, Messages, a Request."""
+
+Link = TypeVar("Link", bound=Backend)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +74,8 @@ class Model(Backend, Reproducible):
         self.backend = backend
         self.model_id = model_id if model_id is not None else getattr(backend, "model_id", None)
         self._defaults = normalise(defaults or {})
-        # A Model inside bounds its own attempts, below its own retries.
-        bounded = any(isinstance(link, Model) for link in links(backend))
+        # A Model inside bounds its own attempts, below its own retries; so does each branch of a chain.
+        bounded = any(isinstance(link, Model | Branching | Attempt) for link in links(backend))
         self._chain = compose(backend, *policies) if bounded else compose(backend, *policies, Attempt)
         self._owns_backend = True
         self._calls = Calls()
@@ -143,6 +146,30 @@ class Model(Backend, Reproducible):
 
     # -- looking and changing -----------------------------------------------------------------------------------------
 
+    def request(self, messages: Messages, /, **params: Unpack[Parameters]) -> Request:
+        """The Request that ``generate`` would send down the chain, with this model's defaults; raises as it does.
+
+        Images are read when it is sent.
+        """
+        return build_request(messages, params, self._defaults)
+
+    def link(self, kind: type[Link]) -> Link:
+        """The outermost link of this class: ``model.link(Cache).explain(model.request("Hello", temperature=0))``.
+
+        It is looked for down to the backend, or to where the chain branches. Raises ConfigurationError when there is
+        none.
+        """
+        for link in self._all_links():
+            if isinstance(link, kind):
+                return link
+        raise ConfigurationError(f"{self!r} has no {kind.__name__} among its links.")
+
+    def explain(self) -> Explanation:
+        """The chain link by link, with its settings and what each does to a request: ``print(model.explain())``."""
+        from asyncmodels.explanation import explain
+
+        return explain(self)
+
     def with_policies(self, *policies: Callable[[Backend], Backend]) -> Model:
         """A new face on the same backend, with these policies instead of the chain that this one has.
 
@@ -180,15 +207,17 @@ class Model(Backend, Reproducible):
             if isinstance(link, Model):
                 return
 
-    def _names(self) -> Iterator[str]:
+    def _all_links(self) -> Iterator[Backend]:
+        """Those of a Model inside, too."""
         for link in self._links():
-            yield type(link).__name__
+            yield link
             if isinstance(link, Model):
-                yield from link._names()
+                yield from link._all_links()
 
     def __repr__(self) -> str:
         name = f"{self.model_id!r}: " if self.model_id else ""
-        return f"<{type(self).__name__} {name}{' → '.join(self._names())}{' (closed)' if self._calls.closed else ''}>"
+        chain = " → ".join(type(link).__name__ for link in self._all_links())
+        return f"<{type(self).__name__} {name}{chain}{' (closed)' if self._calls.closed else ''}>"
 
     # -- ending -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,194 @@
+"""Several backends of which one is chosen for each request: what each of them is, and who is inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from asyncmodels.attempt import Attempt
+from asyncmodels.backend import Backend, Branching, Capabilities, Statistical, links
+from asyncmodels.clock import Clock
+from asyncmodels.errors import ConfigurationError
+from asyncmodels.model import Model
+from asyncmodels.policies.health import Health, State
+from asyncmodels.policies.pace import Mean
+from asyncmodels.types import Response
+
+__all__ = ["Target", "TargetStatistics", "Visit", "aligned", "bounded", "named", "union"]
+
+LATENCY_DECAY = 60.0
+"""Seconds over which the latency of the statistics is smoothed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetStatistics:
+    """One target: ``calls`` were sent there, ``in_flight`` of them just now, and ``errors`` failed.
+
+    ``skipped`` requests asked for something that it cannot do. ``latency`` is how many seconds an answer takes lately,
+    of a stream its beginning. While ``state`` is ``"out"``, for ``out_for`` seconds more, it is avoided; on
+    ``"probation"`` one request at a time tries it. ``links`` holds what the links of its own chain count; ``waiting``
+    calls wait in one of them.
+    """
+
+    name: str
+    in_flight: int
+    calls: int
+    errors: int
+    skipped: int
+    latency: float | None
+    state: State
+    out_for: float
+    waiting: int
+    links: Mapping[str, Any]
+
+
+class Target:
+    """A backend among several. ``blames`` says of an error whether the target is to blame for it, not the request."""
+
+    def __init__(
+        self, backend: Backend, name: str, *, health: Health, clock: Clock, blames: Callable[[Exception], bool]
+    ) -> None:
+        self.backend = bounded(backend)
+        self.name = name
+        self.model_id = next(
+            (it for link in links(backend) if isinstance(it := getattr(link, "model_id", 0), str)), None
+        )
+        self.health = health
+        self.clock = clock
+        self.blames = blames
+        # A set, because adding to it and taking out of it are one step each: nobody needs a lock, not even a call that
+        # the garbage collector closes in the middle of another.
+        self.inside: set[Visit] = set()
+        self.calls = 0
+        self.errors = 0
+        self.skipped = 0
+        self.latency = Mean(LATENCY_DECAY)
+
+    def visit(self, before: int) -> Visit | None:
+        """Sends a call there that has made ``before`` attempts elsewhere; None if the target is gone meanwhile."""
+        self.calls += 1
+        return Visit(self, before)
+
+    def observe(self, seconds: float, now: float, response: Response | None) -> None:
+        """Takes note of an answer; of a stream ``seconds`` is how long its first piece took, and ``response`` None."""
+        self.latency.add(seconds, now)
+
+    def left(self) -> None:
+        """Somebody has left."""
+
+    def statistics(self) -> TargetStatistics:
+        counts = _counts(self.backend)
+        return TargetStatistics(
+            name=self.name,
+            in_flight=len(self.inside),
+            calls=self.calls,
+            errors=self.errors,
+            skipped=self.skipped,
+            latency=self.latency.value,
+            state=self.health.state,
+            out_for=self.health.out_for,
+            waiting=sum(getattr(count, "waiting", 0) for count in counts.values()),
+            links=counts,
+        )
+
+
+class Visit:
+    """One call at one target, from being sent there until everything is over."""
+
+    __slots__ = ("_probing", "_started", "before", "target")
+
+    def __init__(self, target: Target, before: int) -> None:
+        self.target = target
+        self.before = before
+        self._probing = target.health.claim()
+        self._started = target.clock.time()
+        target.inside.add(self)
+
+    def answered(self, response: Response | None) -> None:
+        """The target has answered; None stands for the beginning of a stream."""
+        target = self.target
+        target.health.succeeded()
+        now = target.clock.time()
+        target.observe(now - self._started, now, response)
+
+    def failed(self, error: Exception, *, blame: bool = True) -> None:
+        target = self.target
+        target.errors += 1
+        if blame and target.blames(error):
+            target.health.failed(getattr(error, "retry_after", None))
+
+    def leave(self) -> None:
+        """The call is over; leaving twice is allowed."""
+        target = self.target
+        target.inside.discard(self)
+        if self._probing:
+            self._probing = False
+            target.health.release()
+        target.left()
+
+
+# -- the settings of several ------------------------------------------------------------------------------------------
+
+
+def bounded(backend: Backend) -> Backend:
+    """``backend`` with a bound for its attempts of its own, where it has none."""
+    inside = any(isinstance(link, Model | Attempt | Branching) for link in links(backend))
+    return backend if inside else Attempt(backend)
+
+
+def aligned(owner: str, setting: str, values: Sequence[Any] | None, count: int) -> Sequence[Any]:
+    """``values``, one for each of ``count`` targets; Nones where nothing was given."""
+    if values is None:
+        return (None,) * count
+    if isinstance(values, str | bytes) or not isinstance(values, Sequence) or len(values) != count:
+        raise ConfigurationError(
+            f"{owner}({setting}=...) is a list of {count} values, one for each model in their order."
+        )
+    return values
+
+
+def named(owner: str, backends: Sequence[Backend], names: Sequence[str] | None, taken: Sequence[str] = ()) -> list[str]:
+    """A name for each backend that no other has; of those without one it is that of its model, with a number."""
+    found = list(taken)
+    for backend, name in zip(backends, aligned(owner, "names", names, len(backends)), strict=True):
+        if not isinstance(backend, Backend):
+            raise ConfigurationError(f"{owner} chooses among models, not a {type(backend).__name__}.")
+        if name is None:
+            chain = list(links(backend))
+            known = (it for link in chain if isinstance(it := getattr(link, "model_id", 0), str))
+            name = plain = next(known, type(chain[-1]).__name__)
+            number = 2
+            while name in found:
+                name, number = f"{plain} {number}", number + 1
+        elif not isinstance(name, str) or not name or name in found:
+            raise ConfigurationError(f"The names of {owner}'s models are different texts that are not empty.")
+        found.append(name)
+    return found[len(taken) :]
+
+
+def union(capabilities: Sequence[Capabilities]) -> Capabilities:
+    """What at least one of them can do."""
+    whole = {name: getattr(capabilities[0], name) for name in Capabilities.__slots__}
+    for other in capabilities[1:]:
+        for name, value in whole.items():
+            whole[name] = _either(value, getattr(other, name))
+    return Capabilities(**whole)
+
+
+def _either(one: bool | frozenset[Any], other: bool | frozenset[Any]) -> bool | frozenset[Any]:
+    if isinstance(one, frozenset) and isinstance(other, frozenset):
+        return one | other
+    return one is True or other is True or one or other
+
+
+def _counts(backend: Backend) -> dict[str, Any]:
+    counts: dict[str, Any] = {}
+    for link in links(backend):
+        if isinstance(link, Statistical):
+            counts[f"{type(link).__name__}{f' {len(counts) + 1}' if type(link).__name__ in counts else ''}"] = (
+                link.statistics()
+            )
+        if isinstance(link, Model):
+            break  # it answers for what is inside of it
+    return counts
