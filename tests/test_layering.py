@@ -123,7 +123,6 @@ PARTS: Mapping[str, set[str]] = {
         "policies.telemetry_log",
         "policies.telemetry_spans",
     },
-    "policies.retry_budget": set(),
     "policies.retry_schedule": {"policies.timer"},
     "policies.retry": {
         "policies.opened_stream",
@@ -175,7 +174,6 @@ RUNTIMES = {"accelerate", "gguf", "numpy", "safetensors", "tokenizers", "torch",
 FOREIGN: Mapping[str, set[str]] = {
     "callable": {"anyio"},
     "policies.redis_store": {"redis"},
-    "policies.retry": {"tenacity"},
     "policies.telemetry_spans": {"opentelemetry"},
     "remote.aiohttp_protocol": {"aiohttp"},
     "remote.bedrock": {"aiobotocore"},

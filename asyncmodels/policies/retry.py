@@ -2,34 +2,37 @@
 
 The backoff is "full jitter" (Marc Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): before
 attempt n + 1 wait ``uniform(0, min(wait_max, wait_initial * 2**(n - 1)))`` seconds. Where the server said how long to
-wait, that is a floor: wait ``retry_after + uniform(0, min(retry_after, the ceiling above))``, so that nobody comes back
-too early and a herd that was sent away together does not come back together.
+wait, that is a floor: wait ``retry_after + uniform(0, min(retry_after, the ceiling above))``.
 
-The retry budget is Finagle's (``RetryBudget`` of twitter/finagle; gRPC's proposal A6 throttles alike): each call
-deposits a fraction of a token, each retry takes a whole one, and with no token left the error is let through.
+A 429, 503 or 529 that says how long to wait speaks for the whole pool, that is for all calls through this policy: no
+retry that sleeps wakes before that time (``retry_schedule``), so that everybody waits once and nobody twice. Those who
+were sent away come back in their order, with the jitter on top, as many a second as the pool has been answering, or, if
+that is more, as the budget has retries left. Calls that only come in meanwhile are not held here: that is the part of
+``Concurrency`` (``park``), which lies further in, holds them by priority and knows which endpoint it was.
 """
 
 from __future__ import annotations
 
+import math
 import random as _random
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias, TypeVar
 
-from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, stop_any, wait_exponential
-from tenacity.retry import retry_base
-from tenacity.stop import stop_base
-from tenacity.wait import wait_base
-
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
-from asyncmodels.errors import AsyncModelsError, ConfigurationError, RateLimitError
-from asyncmodels.types import Delta, Request, Response, evolve
+from asyncmodels.errors import AsyncModelsError, ConfigurationError, OverloadedError, RateLimitError
+from asyncmodels.policies.opened_stream import OpenedStream, open_stream
+from asyncmodels.policies.reask import Reask, Unwanted
+from asyncmodels.policies.repeated_failures import RepeatedFailures
+from asyncmodels.policies.retry_budget import RetryBudget
+from asyncmodels.policies.retry_schedule import AnswerRate, Schedule, Sleeper, SleepingRetry
+from asyncmodels.trace import note_wait
+from asyncmodels.types import Delta, Request, Response, ResponseBuilder, evolve
 
-__all__ = ["Retry", "RetryBudget", "RetryStatistics", "RetryWhen"]
+__all__ = ["Reask", "Retry", "RetryBudget", "RetryStatistics", "RetryWhen", "SleepingRetry"]
 
 RetryWhen: TypeAlias = Callable[[Exception], bool] | type[Exception] | tuple[type[Exception], ...]
 
@@ -39,60 +42,22 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryStatistics:
     """``calls`` came in and led to ``retries``; ``waiting`` ones sleep before their next attempt just now; ``gave_up``
-    ended in an error that could have been retried. ``budget_left`` is in retries, None without a budget."""
+    ended in an error that could have been retried. ``budget_left`` is in retries, None without a budget.
+
+    ``parked`` is for how many seconds more the pool wants to hear no retry. ``reasked`` of the retries were made
+    because of an answer that was of no use. ``failing`` requests are given up, because they fail in the same way every
+    time; ``refused`` calls were not sent because of that.
+    """
 
     calls: int
     retries: int
     waiting: int
     gave_up: int
     budget_left: float | None
-
-
-class RetryBudget:
-    """Keeps retries from becoming a storm: at most ``ratio`` of the calls in the long run, plus a reserve.
-
-    The reserve holds at most ``reserve`` retries, is full at first, and refills by ``ratio`` of a retry with each call
-    and by ``per_second`` with time, so that a program that makes few calls can still retry. One budget may be shared by
-    several policies, from any thread.
-    """
-
-    def __init__(self, *, ratio: float = 0.1, reserve: float = 100.0, per_second: float = 1.0) -> None:
-        if not (ratio >= 0 and reserve >= 0 and per_second >= 0):
-            raise ConfigurationError("The ratio, reserve and per_second of a RetryBudget must not be negative.")
-        self.ratio = ratio
-        self.reserve = reserve
-        self.per_second = per_second
-        self._lock = threading.Lock()
-        self._tokens = float(reserve)
-        self._deposits = 0
-        self._settled_at: float | None = None
-
-    def deposit(self) -> None:
-        """Counts one call; what it is worth is reckoned when somebody wants a retry."""
-        self._deposits += 1
-
-    def withdraw(self, now: float) -> bool:
-        """Takes one retry out, at ``now`` on the policy's clock; False when there is none."""
-        with self._lock:
-            self._tokens = self._balance(now)
-            self._deposits = 0
-            self._settled_at = now
-            if self._tokens < 1:
-                return False
-            self._tokens -= 1
-            return True
-
-    def left(self, now: float) -> float:
-        """How many retries could be made at ``now``."""
-        with self._lock:
-            return self._balance(now)
-
-    def _balance(self, now: float) -> float:
-        elapsed = 0.0 if self._settled_at is None else max(0.0, now - self._settled_at)
-        return min(self.reserve, self._tokens + self._deposits * self.ratio + elapsed * self.per_second)
-
-    def __repr__(self) -> str:
-        return f"RetryBudget(ratio={self.ratio:g}, reserve={self.reserve:g}, per_second={self.per_second:g})"
+    parked: float = 0.0
+    reasked: int = 0
+    failing: int = 0
+    refused: int = 0
 
 
 class Retry(Policy):
@@ -103,14 +68,25 @@ class Retry(Policy):
     through unchanged, with the number of attempts made in ``error.attempts``.
 
     ``wait_initial`` and ``wait_max`` (seconds) bound the random waits as the module says. A server that asks to wait
-    for longer than ``retry_after_max`` is not waited for: the error goes to the caller, who sees its ``retry_after``.
-    A wait that would end after the request's ``timeout``, counted from when the call came in here, is not begun.
+    for longer than ``retry_after_max``, or whose turn for this call would come later than that, is not waited for: the
+    error goes to the caller, who sees its ``retry_after``. A wait that would end after the request's ``timeout``,
+    counted from when the call came in here, is not begun.
 
     ``budget`` is a share of the calls (0.1: at most a tenth more load in the long run, and a reserve of 100 retries), a
     RetryBudget, which several policies may share, or None for no budget. A 429 with a ``retry_after`` is retried
-    without charge: that server asked for it, and says when.
+    without charge: that server asked for it, and says when. So that this is no storm either, such retries come back
+    more slowly the more of them there are, as if they had a budget of their own that makes them wait.
 
-    A stream is retried until its first delta has arrived, never after.
+    A request that has failed ``same_failures`` times in the same way, while the pool answered others, is given up with
+    a RepeatedFailureError, and then sent only once a minute, until it succeeds; ``repeated_failures`` has the rule.
+    None turns this off.
+
+    ``reask`` asks again for answers that came and are of no use, such as those that do not satisfy the
+    ``response_format``: a number of times, or a Reask. They count for neither ``attempts`` nor ``budget``. When the
+    last one is of no use either, it is returned as it is, or raised as a ResponseFormatError.
+
+    A stream is retried until its first delta has arrived, never after; it is asked for again only where this delta is
+    all of it, and passed on as it is when the last one is of no use either.
     """
 
     def __init__(
@@ -123,6 +99,8 @@ class Retry(Policy):
         retry_after_max: float = 300.0,
         budget: RetryBudget | float | None = 0.1,
         on: RetryWhen | None = None,
+        same_failures: int | None = 10,
+        reask: Reask | int | None = None,
         clock: Clock = SYSTEM_CLOCK,
         random: Callable[[], float] = _random.random,
     ) -> None:
@@ -133,30 +111,40 @@ class Retry(Policy):
             raise ConfigurationError(
                 "The waits of Retry must satisfy 0 <= wait_initial <= wait_max, 0 <= retry_after_max."
             )
+        if same_failures is not None and (
+            isinstance(same_failures, bool) or not isinstance(same_failures, int) or same_failures < 2
+        ):
+            raise ConfigurationError(
+                f"The same_failures of Retry must be a whole number of at least 2, or None, not {same_failures!r}."
+            )
         self._attempts = attempts
-        self._wait_initial = wait_initial
-        self._wait_max = wait_max
+        self._waits = wait_initial, wait_max
+        self._retry_after_max = retry_after_max
         self._budget = RetryBudget(ratio=budget) if isinstance(budget, int | float) else budget
+        self._retryable = _predicate(on)
+        self._repeated = None if same_failures is None else RepeatedFailures(same_failures)
+        self._reask = Reask(reask) if isinstance(reask, int) and reask else reask or None
         self._clock = clock
+        self._random = random
+        self._schedule = Schedule(clock)
+        self._rate = AnswerRate()
+        self._pace = _Pace(self._rate, self._budget)
         self._calls = 0
         self._retries = 0
-        self._waiting = 0
         self._gave_up = 0
-        self._retryable = _predicate(on)
-        self._retry = _FirstOr(self._retryable)
-        self._wait = _FullJitter(wait_initial, wait_max, random)
-        self._stop = stop_any(stop_after_attempt(attempts), _AsksTooLong(retry_after_max))
+        self._reasked = 0
+        self._refused = 0
 
     async def generate(self, request: Request, /) -> Response:
         started = self._begin(request)
         try:
-            return await self.backend.generate(request)
+            return await self._ask(request)
         except Exception as error:
             if not self._retryable(error):
                 raise
             failure = error
         try:
-            response, attempts = await self._again(failure, lambda: self.backend.generate(request), request, started)
+            response, attempts = await self._again(failure, self._ask, request, started)
         finally:
             del failure
         return evolve(response, attempts=attempts)
@@ -165,75 +153,211 @@ class Retry(Policy):
         return _RetriedStream(self, request)
 
     def statistics(self) -> RetryStatistics:
+        now = self._clock.time()
         return RetryStatistics(
             calls=self._calls,
             retries=self._retries,
-            waiting=self._waiting,
+            waiting=self._schedule.waiting,
             gave_up=self._gave_up,
-            budget_left=None if self._budget is None else self._budget.left(self._clock.time()),
+            budget_left=None if self._budget is None else self._budget.left(now),
+            parked=max(0.0, self._schedule.gate - now),
+            reasked=self._reasked,
+            failing=0 if self._repeated is None else self._repeated.given_up,
+            refused=self._refused,
         )
+
+    def sleepers(self) -> tuple[SleepingRetry, ...]:
+        """Who waits for what, and for how long; the next one first."""
+        return self._schedule.sleepers()
 
     def __repr__(self) -> str:
         now = self.statistics()
         budget = "no budget" if now.budget_left is None else f"budget for {now.budget_left:.0f}"
+        parked = f", parked for {now.parked:.3g} s" if now.parked else ""
+        failing = f", {now.failing} requests given up" if now.failing else ""
         return (
-            f"<Retry [{self._attempts} attempts, waits {self._wait_initial:g}-{self._wait_max:g} s, {budget} | "
-            f"{now.calls} calls, {now.retries} retries, {now.waiting} waiting, {now.gave_up} gave up]>"
+            f"<Retry [{self._attempts} attempts, waits {self._waits[0]:g}-{self._waits[1]:g} s, {budget} | "
+            f"{now.calls} calls, {now.retries} retries, {now.waiting} waiting, {now.gave_up} gave up{parked}{failing}]>"
         )
+
+    # -- one attempt --------------------------------------------------------------------------------------------------
 
     def _begin(self, request: Request) -> float:
         self._calls += 1
         if self._budget is not None:
             self._budget.deposit()
+        if self._repeated:
+            try:
+                self._repeated.check(request, self._clock.time())
+            except AsyncModelsError:
+                self._refused += 1
+                raise
         # Only a request with a timeout pays for looking at the clock.
         return 0.0 if request.timeout is None else self._clock.time()
 
+    async def _ask(self, request: Request) -> Response:
+        response = await self.backend.generate(request)
+        self._answered(request)
+        if self._reask is not None:
+            unwanted = self._reask.unwanted(request, response)
+            if unwanted is not None:
+                raise unwanted
+        return response
+
+    def _answered(self, request: Request) -> None:
+        self._rate.answered(self._clock.time())
+        if self._repeated:
+            self._repeated.answered(request)
+
+    # -- and the next -------------------------------------------------------------------------------------------------
+
     async def _again(
-        self, failure: Exception, attempt: Callable[[], Awaitable[T]], request: Request, started: float
+        self,
+        failure: Exception,
+        attempt: Callable[[Request], Awaitable[T]],
+        request: Request,
+        started: float,
+        discard: Callable[[T], Awaitable[object]] | None = None,
     ) -> tuple[T, int]:
         """What ``attempt`` returns in the end, and in which attempt. The first was made, and ended in ``failure``,
-        which is worth another."""
-        stops: list[stop_base] = [self._stop]
-        if request.timeout is not None:
-            stops.append(_EndsTooLate(self._clock, started + request.timeout))
-        if self._budget is not None:
-            stops.append(_BudgetSpent(self._budget, self._clock))  # the last to be asked, for asking costs a token
-        # One a call: what an AsyncRetrying knows of its current iteration is shared by everybody who uses it.
-        retrying = AsyncRetrying(
-            sleep=self._sleep,
-            wait=self._wait,
-            stop=stop_any(*stops),
-            retry=self._retry,
-            retry_error_callback=_give_up,
-        )
+        which is worth another. An answer of no use that is not the last goes to ``discard``."""
+        deadline = math.inf if request.timeout is None else started + request.timeout
+        number, failures, asked = 1, 0, request
         try:
-            async for tried in retrying:
-                number = tried.retry_state.attempt_number
-                with tried:
-                    if number == 1:
-                        raise failure
-                    self._retries += 1
-                    try:
-                        return await attempt(), number
-                    except Exception as error:
-                        failure = error
-                        if isinstance(error, AsyncModelsError):
-                            error.attempts = number
+            while True:
+                if isinstance(failure, Unwanted) and self._reask is not None:
+                    if number - failures > self._reask.times:
+                        if failure.error is None or discard is not None:
+                            return failure.answer, number
+                        failure.error.attempts = number
+                        raise failure.error
+                    asked = self._reask.again(request, failure)
+                    if discard is not None:
+                        await discard(failure.answer)
+                    self._reasked += 1
+                else:
+                    failures += 1
+                    given_up = await self._pause(failure, failures, asked, deadline)
+                    if given_up is not None:
+                        self._gave_up += 1
+                        if given_up is failure:
+                            raise failure
+                        raise given_up from failure
+                number += 1
+                self._retries += 1
+                try:
+                    return await attempt(asked), number
+                except Exception as error:
+                    failure = error
+                    if isinstance(error, AsyncModelsError):
+                        error.attempts = number
+                    if not self._retryable(error):
                         raise
-            self._gave_up += 1
-            raise failure
         finally:
             # An error knows this frame by its traceback; the frame must not know the error, or both, and the request
             # with them, stay until the garbage collector comes by.
-            tried.retry_state.outcome = None
+            given_up = None
             del failure, attempt
 
-    async def _sleep(self, seconds: float) -> None:
-        self._waiting += 1
+    async def _pause(self, failure: Exception, failures: int, request: Request, deadline: float) -> Exception | None:
+        """Waits before the next attempt; or returns what is to be raised instead of one."""
+        now = self._clock.time()
+        if self._repeated is not None:
+            given_up = self._repeated.failed(request, failure, self._rate.total, now)
+            if given_up is not None:
+                return given_up
+        asked_for = getattr(failure, "retry_after", None)
+        floor = asked_for if isinstance(asked_for, int | float) and asked_for > 0 else 0.0
+        parks = floor > 0 and isinstance(failure, RateLimitError | OverloadedError)
+        if parks and floor <= self._retry_after_max:
+            self._schedule.park(now + floor)
+        if failures >= self._attempts or floor > self._retry_after_max:
+            return failure
+        initial, most = self._waits
+        ceiling = min(most, initial * 2.0 ** min(failures - 1, 60))
+        jitter = self._random() * (min(floor, ceiling) if floor else ceiling)
+        until = now + floor + jitter
+        gate, turn = -math.inf, -math.inf
+        if self._schedule.gate > now:
+            gate, turn = self._schedule.gate, self._schedule.turn()
+            if turn > now + self._retry_after_max:
+                return failure  # so many were sent away that this one's turn would come too late
+            until = max(until, turn + jitter)
+        if until >= deadline:
+            return failure
+        free = parks and isinstance(failure, RateLimitError)
+        # The last to be asked, for asking costs a token.
+        if not free and self._budget is not None and not self._budget.withdraw(now):
+            return failure
+        if gate > -math.inf:
+            self._schedule.take_turn(turn, self._pace.spacing(now, self._calls))
+        return await self._sleep(failure, failures, until, jitter, gate, deadline, request)
+
+    async def _sleep(
+        self,
+        failure: Exception,
+        failures: int,
+        until: float,
+        jitter: float,
+        gate: float,
+        deadline: float,
+        request: Request,
+    ) -> Exception | None:
+        began = self._clock.time()
+        sleeper = Sleeper(
+            until=until,
+            jitter=jitter,
+            gate=gate,
+            deadline=deadline,
+            agent=request.agent,
+            attempt=failures + 1,
+            failure=type(failure).__name__,
+        )
         try:
-            await self._clock.sleep(seconds)
+            return None if await self._schedule.sleep(sleeper) else failure
         finally:
-            self._waiting -= 1
+            note_wait("backoff", self._clock.time() - began)
+            del failure
+
+
+class _Pace:
+    """How fast those who were sent away may come back, without a storm of retries that cost no budget.
+
+    As many a second as the pool answers, or, if that is more, as retries are left in a budget like the policy's own.
+    """
+
+    def __init__(self, rate: AnswerRate, budget: RetryBudget | None) -> None:
+        self._rate = rate
+        self._budget = (
+            None
+            if budget is None
+            else RetryBudget(ratio=budget.ratio, reserve=budget.reserve, per_second=budget.per_second)
+        )
+        self._calls = 0
+
+    def spacing(self, now: float, calls: int) -> float:
+        """The seconds between this one and the next, after so many ``calls``."""
+        if self._budget is None:
+            return 0.0
+        self._budget.deposit(calls - self._calls)
+        self._calls = calls
+        self._budget.withdraw(now)
+        pace = max(self._rate.per_second, self._budget.left(now), self._budget.per_second)
+        return 1 / pace if pace > 0 else math.inf
+
+
+def _predicate(on: RetryWhen | None) -> Callable[[BaseException], bool]:
+    if on is None:
+        return lambda error: (isinstance(error, AsyncModelsError) and error.retryable) or isinstance(error, Unwanted)
+    if isinstance(on, type | tuple):
+        kinds = (*on, Unwanted) if isinstance(on, tuple) else (on, Unwanted)
+        if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
+            raise ConfigurationError("Retry(on=...) takes exception types, or a function of the error.")
+        return lambda error: isinstance(error, kinds)
+    return lambda error: isinstance(error, Unwanted) or (isinstance(error, Exception) and on(error))
+
+
+# -- streams ----------------------------------------------------------------------------------------------------------
 
 
 class _RetriedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
@@ -246,53 +370,43 @@ class _RetriedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
     async def __aenter__(self) -> AsyncIterator[Delta]:
         started = self._policy._begin(self._request)
         try:
-            return await self._open()
+            self._opened = await self._open(self._request)
         except Exception as error:
             if not self._policy._retryable(error):
                 raise
             failure = error
+        else:
+            return self._opened.deltas()
         try:
-            deltas, attempts = await self._policy._again(failure, self._open, self._request, started)
+            self._opened, attempts = await self._policy._again(
+                failure, self._open, self._request, started, OpenedStream.close
+            )
         finally:
             del failure
-        return _RetriedDeltas(deltas, attempts)
+        return _RetriedDeltas(self._opened.deltas(), attempts)
 
-    async def _open(self) -> _Deltas:
-        inner = self._policy.backend.stream(self._request)
-        rest = await inner.__aenter__()
-        try:
-            first = await anext(rest, None)
-        except BaseException as error:
-            await inner.__aexit__(type(error), error, error.__traceback__)
-            raise
-        self._inner = inner
-        return _Deltas(first, rest)
+    async def _open(self, request: Request) -> OpenedStream:
+        policy = self._policy
+        opened = await open_stream(policy.backend, request)
+        policy._answered(request)
+        first = opened.first
+        if policy._reask is not None and first is not None and first.finish_reason is not None:
+            builder = ResponseBuilder()
+            builder.add(first)
+            try:
+                unwanted = policy._reask.unwanted(request, builder.response())
+            except BaseException as error:
+                await opened.close(type(error), error, error.__traceback__)
+                raise
+            if unwanted is not None:
+                unwanted.answer = opened
+                raise unwanted
+        return opened
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return await self._inner.__aexit__(kind, error, traceback)
-
-
-class _Deltas(AsyncIterator[Delta]):
-    """The first delta, which is here already, and then the rest, handed through without a frame of our own."""
-
-    __slots__ = ("_first", "_next")
-
-    def __init__(self, first: Delta | None, rest: AsyncIterator[Delta]) -> None:
-        self._first = first
-        self._next = rest.__anext__
-
-    def __anext__(self) -> Awaitable[Delta]:
-        first = self._first
-        if first is None:
-            return self._next()
-        self._first = None
-        return _ready(first)
-
-
-async def _ready(delta: Delta) -> Delta:
-    return delta
+        return await self._opened.close(kind, error, traceback)
 
 
 class _RetriedDeltas(AsyncIterator[Delta]):
@@ -311,81 +425,3 @@ class _RetriedDeltas(AsyncIterator[Delta]):
             return delta
         self._told = True
         return evolve(delta, attempts=self._attempts)
-
-
-# -- the strategies, as tenacity wants them ---------------------------------------------------------------------------
-
-
-def _predicate(on: RetryWhen | None) -> Callable[[BaseException], bool]:
-    if on is None:
-        return lambda error: isinstance(error, AsyncModelsError) and error.retryable
-    if isinstance(on, type | tuple):
-        kinds = on if isinstance(on, tuple) else (on,)
-        if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
-            raise ConfigurationError("Retry(on=...) takes exception types, or a function of the error.")
-        return lambda error: isinstance(error, kinds)
-    return lambda error: isinstance(error, Exception) and on(error)
-
-
-def _failure(state: RetryCallState) -> BaseException | None:
-    return None if state.outcome is None else state.outcome.exception()
-
-
-def _retry_after(state: RetryCallState) -> float:
-    seconds = getattr(_failure(state), "retry_after", None)
-    return seconds if seconds is not None and seconds > 0 else 0.0
-
-
-class _FirstOr(retry_base):
-    """The first failure was found worth a retry before tenacity came into it; later ones are asked about here."""
-
-    def __init__(self, retryable: Callable[[BaseException], bool]) -> None:
-        self._retryable = retryable
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        failure = _failure(retry_state)
-        return failure is not None and (retry_state.attempt_number == 1 or self._retryable(failure))
-
-
-class _FullJitter(wait_base):
-    def __init__(self, initial: float, maximum: float, random: Callable[[], float]) -> None:
-        self._ceiling = wait_exponential(multiplier=initial, max=maximum)
-        self._random = random
-
-    def __call__(self, retry_state: RetryCallState) -> float:
-        ceiling = self._ceiling(retry_state)
-        floor = _retry_after(retry_state)
-        return floor + self._random() * (min(floor, ceiling) if floor else ceiling)
-
-
-class _AsksTooLong(stop_base):
-    def __init__(self, maximum: float) -> None:
-        self._maximum = maximum
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        return _retry_after(retry_state) > self._maximum
-
-
-class _EndsTooLate(stop_base):
-    def __init__(self, clock: Clock, deadline: float) -> None:
-        self._clock = clock
-        self._deadline = deadline
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        return self._clock.time() + retry_state.upcoming_sleep >= self._deadline
-
-
-class _BudgetSpent(stop_base):
-    def __init__(self, budget: RetryBudget, clock: Clock) -> None:
-        self._budget = budget
-        self._clock = clock
-
-    def __call__(self, retry_state: RetryCallState) -> bool:
-        failure = _failure(retry_state)
-        if isinstance(failure, RateLimitError) and _retry_after(retry_state):
-            return False
-        return not self._budget.withdraw(self._clock.time())
-
-
-def _give_up(retry_state: RetryCallState) -> None:
-    """Ends the loop instead of raising tenacity's RetryError."""
