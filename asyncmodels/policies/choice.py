@@ -26,10 +26,16 @@ By: TypeAlias = Literal["weights", "least_in_flight", "latency", "cost"]
 FEW = 8
 """An endpoint with fewer calls in flight is never too busy for one of its own agents."""
 
+KNOWN_AGENTS = 10_000
+"""For so many the order of their endpoints is remembered."""
+
 
 class Choice(Protocol):
     def pick(self, endpoints: Sequence[Endpoint], request: Request, *, streaming: bool) -> Endpoint:
-        """One of ``endpoints``, of which there is at least one; all weights are above 0."""
+        """One of ``endpoints``, of which there is at least one; all weights are above 0.
+
+        Where all that there are can be chosen they come as one and the same tuple, otherwise as a list.
+        """
         ...
 
 
@@ -42,7 +48,10 @@ class ByWeights:
     def pick(self, endpoints: Sequence[Endpoint], request: Request, *, streaming: bool) -> Endpoint:
         if len(endpoints) == 1:
             return endpoints[0]
-        point = self._random() * sum(endpoint.weight for endpoint in endpoints)
+        whole = 0.0
+        for endpoint in endpoints:
+            whole += endpoint.weight
+        point = self._random() * whole
         for endpoint in endpoints:
             point -= endpoint.weight
             if point < 0:
@@ -54,13 +63,19 @@ class ByLeastInFlight:
     """The one with the fewest calls in flight for its weight, this one counted; among equals at random."""
 
     def __init__(self, random: Callable[[], float]) -> None:
-        self._random = ByWeights(random)
+        self._random = random
 
     def pick(self, endpoints: Sequence[Endpoint], request: Request, *, streaming: bool) -> Endpoint:
-        loads = [(len(endpoint.inside) + 1) / _divisor(endpoint.weight) for endpoint in endpoints]
-        least = min(loads)
-        best = [endpoint for endpoint, load in zip(endpoints, loads, strict=True) if load == least]
-        return self._random.pick(best, request, streaming=streaming)
+        best, least, equals = endpoints[0], math.inf, 0
+        for endpoint in endpoints:
+            load = (len(endpoint.inside) + 1) / _divisor(endpoint.weight)
+            if load < least:
+                best, least, equals = endpoint, load, 1
+            elif load == least:
+                equals += 1
+                if self._random() * equals < 1:
+                    best = endpoint
+        return best
 
 
 class ByLatency:
@@ -83,7 +98,7 @@ class ByLatency:
 
     def _load(self, endpoint: Endpoint, now: float, streaming: bool) -> float:
         inside = len(endpoint.inside)
-        pace = endpoint.paces[streaming].at(now)
+        pace = None if endpoint.paces is None else endpoint.paces[streaming].at(now)
         if pace is None:
             # Nothing is known of it: one call at a time finds out.
             return math.inf if inside else 0.0
@@ -110,18 +125,35 @@ class Sticky:
     def __init__(self, otherwise: Choice, spill: float) -> None:
         self._otherwise = otherwise
         self._spill = spill
+        self._orders: tuple[Sequence[Endpoint], dict[str, Sequence[Endpoint]]] = (), {}
 
     def pick(self, endpoints: Sequence[Endpoint], request: Request, *, streaming: bool) -> Endpoint:
         agent = request.agent
         if agent is None:
             return self._otherwise.pick(endpoints, request, streaming=streaming)
-        weights = _divisor(sum(endpoint.weight for endpoint in endpoints))
-        allowed = self._spill * (sum(len(endpoint.inside) for endpoint in endpoints) + 1) / weights
-        order = sorted(endpoints, key=lambda endpoint: _affinity(agent, endpoint), reverse=True)
+        order = self._order(agent, endpoints)
+        own = order[0]
+        if len(own.inside) < FEW:
+            return own
+        share = self._spill / _divisor(sum(endpoint.weight for endpoint in endpoints))
+        allowed = share * (sum(len(endpoint.inside) for endpoint in endpoints) + 1)
         for endpoint in order:
             if len(endpoint.inside) < max(FEW, math.ceil(allowed * endpoint.weight)):
                 return endpoint
-        return order[0]  # in another thread calls came in meanwhile
+        return own  # in another thread calls came in meanwhile
+
+    def _order(self, agent: str, endpoints: Sequence[Endpoint]) -> Sequence[Endpoint]:
+        """From the agent's own endpoint to the last that he would spill over to."""
+        if not isinstance(endpoints, tuple):  # some are left out just now
+            return sorted(endpoints, key=lambda endpoint: _affinity(agent, endpoint), reverse=True)
+        known, orders = self._orders
+        if known is not endpoints or len(orders) >= KNOWN_AGENTS:
+            _, orders = self._orders = endpoints, {}
+        order = orders.get(agent)
+        if order is None:
+            order = sorted(endpoints, key=lambda endpoint: _affinity(agent, endpoint), reverse=True)
+            orders[agent] = order
+        return order
 
 
 def cost(price: Price | None, request: Request) -> float:

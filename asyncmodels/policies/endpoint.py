@@ -12,9 +12,9 @@ from asyncmodels.backend import Backend
 from asyncmodels.clock import Clock
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.policies.health import Health
-from asyncmodels.policies.pace import Peak, size_of
-from asyncmodels.policies.targets import Target, Visit
-from asyncmodels.types import Request, Response
+from asyncmodels.policies.pace import Peak
+from asyncmodels.policies.targets import Target
+from asyncmodels.types import Request
 
 __all__ = ["Endpoint", "Price", "checked_price", "checked_weight"]
 
@@ -23,7 +23,8 @@ Price: TypeAlias = float | Callable[[Request], float]
 
 
 class Endpoint(Target):
-    """A target that can be taken away while calls are in flight."""
+    """A target that can be taken away while calls are in flight. Without a ``decay``, in seconds, nobody looks at its
+    pace."""
 
     def __init__(
         self,
@@ -32,7 +33,7 @@ class Endpoint(Target):
         *,
         weight: float,
         price: Price | None,
-        decay: float,
+        decay: float | None,
         health: Health,
         clock: Clock,
         blames: Callable[[Exception], bool],
@@ -42,37 +43,21 @@ class Endpoint(Target):
         self.weight = weight
         self.price = price
         self.key = blake2b(name.encode("utf-8", "surrogatepass"), digest_size=32).digest()
-        # Whole answers, by the size of each, and the beginnings of streams are not to be compared.
-        self.paces = Peak(decay), Peak(decay)
-        self._removed = False
+        if decay is not None:
+            self.paces = Peak(decay), Peak(decay)
         self._drained: list[asyncio.Future[None]] = []
-
-    def visit(self, before: int) -> Visit | None:
-        visit = super().visit(before)
-        if visit is not None and self._removed:  # in another thread, after it was chosen
-            self.calls -= 1
-            visit.leave()
-            return None
-        return visit
-
-    def observe(self, seconds: float, now: float, response: Response | None) -> None:
-        super().observe(seconds, now, response)
-        if response is None:
-            self.paces[True].add(seconds, now)
-        else:
-            self.paces[False].add(seconds / size_of(response), now)
 
     async def drain(self) -> None:
         """Lets nobody in any more, and returns when the last one has left."""
         future = asyncio.get_running_loop().create_future()
         self._drained.append(future)
-        self._removed = True
+        self.gone = True
         self.left()
         await future
 
     def left(self) -> None:
         # Whoever leaves last may do it in any thread, or be closed by the garbage collector.
-        if self._removed and not self.inside:
+        if self.gone and not self.inside:
             for future in tuple(self._drained):
                 with suppress(RuntimeError):  # that loop is closed: nobody waits there
                     future.get_loop().call_soon_threadsafe(_finish, future)

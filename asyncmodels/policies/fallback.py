@@ -128,7 +128,7 @@ class Fallback(Choosing[Target]):
         for target in self._targets:
             if trail is not None and (target in trail or self._is_short(target, trail)):
                 continue
-            if target.health.admits():
+            if target.health.until is None or target.health.admits():
                 return target
             at_last = at_last or target
         return at_last

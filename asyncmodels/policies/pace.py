@@ -18,6 +18,9 @@ HEAD = 20
 CHARACTERS = 4
 """Those of a token, where nobody has counted the tokens."""
 
+LITTLE = 0.05
+"""The least share of the newest value."""
+
 
 class Mean:
     """A mean in which what lies ``decay`` seconds back counts for a third; None until something was seen."""
@@ -31,12 +34,7 @@ class Mean:
 
     def add(self, value: float, now: float) -> None:
         old = self.value
-        if old is None:
-            self.value = value
-        else:
-            # Of answers that come in at one moment each counts a little, too.
-            share = max(1 - math.exp(-(now - self._at) / self._decay), 0.05)
-            self.value = old + (value - old) * share
+        self.value = value if old is None else value + (old - value) * _kept((now - self._at) / self._decay)
         self._at = now
 
 
@@ -55,13 +53,18 @@ class Peak:
         if old is None or value > old:
             self._value = value
         else:
-            kept = min(math.exp(-(now - self._at) / self._decay), 0.95)
-            self._value = old * kept + value * (1 - kept)
+            self._value = value + (old - value) * _kept((now - self._at) / self._decay)
         self._at = now
 
     def at(self, now: float) -> float | None:
+        """What it is by now; None until something was seen."""
         value = self._value
-        return None if value is None else value * math.exp(-(now - self._at) / self._decay)
+        return None if value is None else value * math.exp((self._at - now) / self._decay)
+
+
+def _kept(age: float) -> float:
+    """How much of the old value stays; of many answers in one moment each counts a little, too."""
+    return math.exp(-age) if age > LITTLE else 1 - LITTLE
 
 
 def size_of(response: Response) -> float:

@@ -114,7 +114,7 @@ class Route(Choosing[Endpoint]):
         self._sticky = sticky
         self._tries = tries
         self._out = out_after, out_first, out_longest
-        self._decay = decay
+        self._decay = decay if by == "latency" else None
         self._choice = _choice(by, sticky, spill, clock, random)
         self._lock = threading.Lock()
         super().__init__((), closes=closes, clock=clock)
@@ -125,8 +125,8 @@ class Route(Choosing[Endpoint]):
             aligned("Route", "prices", prices, count),
             strict=True,
         )
-        self._targets = tuple(self._endpoint(*one) for one in given)
-        self._check_all(self._targets)
+        self._live: tuple[Endpoint, ...] = ()
+        self._change(tuple(self._endpoint(*one) for one in given))
 
     # -- changing it --------------------------------------------------------------------------------------------------
 
@@ -135,9 +135,7 @@ class Route(Choosing[Endpoint]):
         with self._lock:
             taken = [endpoint.name for endpoint in self._targets]
             [name] = named("Route", [backend], None if name is None else [name], taken)
-            targets = (*self._targets, self._endpoint(backend, name, weight, price))
-            self._check_all(targets)
-            self._targets = targets
+            self._change((*self._targets, self._endpoint(backend, name, weight, price)))
         return name
 
     async def remove(self, name: str) -> Backend:
@@ -147,9 +145,7 @@ class Route(Choosing[Endpoint]):
         """
         with self._lock:
             endpoint = self._named(name)
-            targets = tuple(other for other in self._targets if other is not endpoint)
-            self._check_all(targets)
-            self._targets = targets
+            self._change(tuple(other for other in self._targets if other is not endpoint))
         await endpoint.drain()
         return endpoint.given
 
@@ -160,7 +156,7 @@ class Route(Choosing[Endpoint]):
             endpoint = self._named(name)
             before, endpoint.weight = endpoint.weight, weight
             try:
-                self._check_all(self._targets)
+                self._change(self._targets)
             except ConfigurationError:
                 endpoint.weight = before
                 raise
@@ -180,10 +176,17 @@ class Route(Choosing[Endpoint]):
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def _choose(self, request: Request, trail: Trail | None, *, streaming: bool) -> Endpoint | None:
-        if trail is not None and trail.visits >= self._tries:
+        live = self._live
+        if trail is None:
+            for endpoint in live:
+                if endpoint.health.until is not None:
+                    break
+            else:
+                return self._choice.pick(live, request, streaming=streaming)
+        elif trail.visits >= self._tries:
             return None
-        left = [one for one in self._targets if one.weight > 0 and (trail is None or one not in trail)]
-        well = [one for one in left if one.health.admits()]
+        left = live if trail is None else [endpoint for endpoint in live if endpoint not in trail]
+        well = [endpoint for endpoint in left if endpoint.health.admits()]
         if not well and trail is not None and trail.visits:
             return None
         among = well or left
@@ -211,11 +214,14 @@ class Route(Choosing[Endpoint]):
             blames=_is_endpoints_own,
         )
 
-    def _check_all(self, targets: Sequence[Endpoint]) -> None:
-        if not any(endpoint.weight > 0 for endpoint in targets):
+    def _change(self, targets: tuple[Endpoint, ...]) -> None:
+        """Makes these the endpoints, or raises ConfigurationError and changes nothing."""
+        live = tuple(endpoint for endpoint in targets if endpoint.weight > 0)
+        if not live:
             raise ConfigurationError("A Route needs at least one endpoint with a weight above 0.")
-        if self._by == "cost" and all(endpoint.price is None for endpoint in targets):
+        if self._by == "cost" and all(endpoint.price is None for endpoint in live):
             raise ConfigurationError('Route(by="cost") needs prices=, one for each endpoint.')
+        self._targets, self._live = targets, live  # a new tuple each time: that tells Sticky that something changed
 
 
 def _is_endpoints_own(error: Exception) -> bool:

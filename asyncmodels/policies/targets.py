@@ -12,7 +12,7 @@ from asyncmodels.clock import Clock
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.policies.health import Health, State
-from asyncmodels.policies.pace import Mean
+from asyncmodels.policies.pace import Mean, Peak, size_of
 from asyncmodels.types import Response
 
 __all__ = ["Target", "TargetStatistics", "Visit", "aligned", "bounded", "named", "union"]
@@ -63,19 +63,22 @@ class Target:
         self.calls = 0
         self.errors = 0
         self.skipped = 0
+        self.gone = False
         self.latency = Mean(LATENCY_DECAY)
+        self.paces: tuple[Peak, Peak] | None = None
+        """By whether it is a stream: whole answers by their size, and beginnings, are not to be compared."""
 
     def visit(self, before: int) -> Visit | None:
         """Sends a call there that has made ``before`` attempts elsewhere; None if the target is gone meanwhile."""
+        visit = Visit(self, before)
+        if self.gone:  # in another thread, after it was chosen
+            visit.leave()
+            return None
         self.calls += 1
-        return Visit(self, before)
-
-    def observe(self, seconds: float, now: float, response: Response | None) -> None:
-        """Takes note of an answer; of a stream ``seconds`` is how long its first piece took, and ``response`` None."""
-        self.latency.add(seconds, now)
+        return visit
 
     def left(self) -> None:
-        """Somebody has left."""
+        """Somebody has left a target that is gone."""
 
     def statistics(self) -> TargetStatistics:
         counts = _counts(self.backend)
@@ -101,7 +104,8 @@ class Visit:
     def __init__(self, target: Target, before: int) -> None:
         self.target = target
         self.before = before
-        self._probing = target.health.claim()
+        health = target.health
+        self._probing = health.until is not None and health.claim()
         self._started = target.clock.time()
         target.inside.add(self)
 
@@ -110,7 +114,10 @@ class Visit:
         target = self.target
         target.health.succeeded()
         now = target.clock.time()
-        target.observe(now - self._started, now, response)
+        seconds = now - self._started
+        target.latency.add(seconds, now)
+        if target.paces is not None:
+            target.paces[response is None].add(seconds if response is None else seconds / size_of(response), now)
 
     def failed(self, error: Exception, *, blame: bool = True) -> None:
         target = self.target
@@ -125,7 +132,8 @@ class Visit:
         if self._probing:
             self._probing = False
             target.health.release()
-        target.left()
+        if target.gone:
+            target.left()
 
 
 # -- the settings of several ------------------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ from asyncmodels.errors import ServerError
 from asyncmodels.model import Model
 from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.concurrency import Concurrency
+from asyncmodels.policies.fallback import Fallback
 from asyncmodels.policies.retry import Retry
+from asyncmodels.policies.route import Route
 from asyncmodels.policies.single_flight import SingleFlight
 from asyncmodels.testing import Delay, Reply, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request
@@ -110,6 +112,16 @@ def chain(*policies: Callable[[Backend], Backend]) -> Open:
 
     def opened(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
         return aclosing(compose(ScriptedBackend(scripted, repeat=True, capabilities=Capabilities()), *policies))
+
+    return opened
+
+
+def among_two(choice: Callable[..., Backend]) -> Open:
+    """Two such backends, and something that chooses among them."""
+
+    def opened(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+        first, second = (ScriptedBackend(scripted, repeat=True, capabilities=Capabilities()) for _ in range(2))
+        return aclosing(choice(first, to=[second]))
 
     return opened
 
@@ -225,6 +237,8 @@ CASES = [
     Case("retry-concurrency", chain(retry, gate)),
     Case("single-flight", chain(partial(SingleFlight, sampled=True))),
     Case("cache", chain(partial(Cache, sampled=True))),
+    Case("fallback", among_two(Fallback)),
+    Case("route", among_two(partial(Route, by="latency", sticky="agent"))),
     Case("model", face),
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),
