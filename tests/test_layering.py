@@ -190,6 +190,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "remote.litellm_session": {"aiohttp", "litellm"},
     "remote.litellm_wire": {"aiohttp"},
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
+    "local.grammar": {"llguidance"},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
 }
 """Packages of others, imported at the top of the leaf that owns them."""
@@ -201,7 +202,20 @@ FOREIGN_LAZY: Mapping[str, set[str]] = {
 }
 """Those that cost more than the module that needs them, and that most programs never need."""
 
-PURE = {"backend", "engine", "gate", "job", "prompt", "runner", "scheduler", "sequence", "signals", "worker"}
+PURE = {
+    "backend",
+    "deep_threads",
+    "engine",
+    "gate",
+    "job",
+    "json_grammar",
+    "prompt",
+    "runner",
+    "scheduler",
+    "sequence",
+    "signals",
+    "worker",
+}
 """The modules of local that know no runtime: one engine drives them all."""
 
 
