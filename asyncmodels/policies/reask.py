@@ -40,10 +40,10 @@ class Reask:
         if isinstance(self.finish_reasons, str) or not set(self.finish_reasons) <= set(get_args(FinishReason)):
             known = ", ".join(get_args(FinishReason))
             raise ConfigurationError(f"The finish_reasons of Reask are a set of {known}, not {self.finish_reasons!r}.")
-        for name in ("repair", "when"):
-            value = getattr(self, name)
-            if not (callable(value) or value is None or (name == "repair" and isinstance(value, bool))):
-                raise ConfigurationError(f"The {name} of Reask is a function, not {value!r}.")
+        if not (callable(self.repair) or isinstance(self.repair, bool)):
+            raise ConfigurationError(f"The repair of Reask is True, False or a function, not {self.repair!r}.")
+        if not (callable(self.when) or self.when is None):
+            raise ConfigurationError(f"The when of Reask is a function, not {self.when!r}.")
 
     def unwanted(self, request: Request, response: Response) -> Unwanted | None:
         """What is wrong with the answer, in the form of an exception that carries it; None when it is fine."""

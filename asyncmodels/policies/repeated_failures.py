@@ -1,10 +1,11 @@
 """Requests that fail in the same way each time, although nothing is wrong with the pool: a prompt that makes a server
 fall over, one that always takes longer than it may.
 
-A failure counts when the pool was well since the request's failure before it: it answered others, and failed with at
-most a tenth as many of them. After so many counted failures of one kind (type, status, code) in a row the request is
-given up: it is not sent for a minute, and then once, and so on until it is answered or fails in another way. What is
-known of a request is a digest of it; of at most REMEMBERED requests, those that failed last.
+A failure counts when the pool was well since the request's failure before it, and since the first that counted: it
+answered others, and failed with at most a tenth as many of them. After so many counted failures of one kind (type,
+status, code) in a row the request is given up: it is not sent for a minute, and then once, and so on until it is
+answered or fails in another way. What is known of a request is a digest of it; of at most REMEMBERED requests, those
+that failed last.
 """
 
 from __future__ import annotations
@@ -44,16 +45,33 @@ Kind: TypeAlias = tuple[str, int | None, str | None]
 class _Known:
     """What is known of one request that failed."""
 
-    __slots__ = ("answered", "count", "failed", "hint", "kind", "message", "next_try")
+    __slots__ = (
+        "answered",
+        "count",
+        "failed",
+        "hint",
+        "kind",
+        "message",
+        "next_try",
+        "others_answered",
+        "others_failed",
+    )
 
     def __init__(self, hint: int) -> None:
         self.hint = hint
-        self.kind: Kind | None = None
-        self.count = 0
-        self.answered = 0
-        self.failed = 0
         self.message = ""
         self.next_try = 0.0
+        # The pool's counts at the last failure, and what the others did since the first one that counted.
+        self.answered = 0
+        self.failed = 0
+        self.begin(None)
+
+    def begin(self, kind: Kind | None) -> None:
+        """A first failure of this kind."""
+        self.kind = kind
+        self.count = 1
+        self.others_answered = 0
+        self.others_failed = 0
 
 
 class RepeatedFailures:
@@ -85,7 +103,7 @@ class RepeatedFailures:
             if now >= known.next_try:
                 known.next_try = now + RECHECK  # this one finds out for the others
                 return
-        raise _given_up(known, "it is not sent again", retry_after=known.next_try - now)
+        raise _given_up(known, "it is not sent again", retry_after=min(RECHECK, max(0.0, known.next_try - now)))
 
     def answered(self, request: Request) -> None:
         """The request is fine, whatever was known of it."""
@@ -104,8 +122,11 @@ class RepeatedFailures:
         self._failed += 1
         nobody = answered == self._answered_at_last
         self._answered_at_last = answered
-        # Where nobody was answered since somebody's last failure, it is not this request that is to blame.
-        if nobody or isinstance(error, _NOT_THE_REQUEST):
+        if isinstance(error, _NOT_THE_REQUEST):
+            return None
+        # Where nobody was answered since somebody's last failure, it is not this request that is to blame, unless it
+        # was found to be before.
+        if nobody and not (self.given_up and _hint(request) in self._hints):
             return None
         key = _key(request)
         if key is None:
@@ -119,18 +140,22 @@ class RepeatedFailures:
         others_answered = answered - known.answered
         others_failed = self._failed - known.failed - 1
         known.answered, known.failed = answered, self._failed
-        if kind != known.kind:
-            if known.count >= self.limit:
-                self.given_up -= 1
-            known.kind, known.count = kind, 1
-        elif known.count >= self.limit:
-            known.next_try = now + RECHECK
-        elif others_answered > 0 and others_failed <= WELL * others_answered:
-            known.count += 1
-            if known.count == self.limit:
-                self.given_up += 1
-                known.next_try = now + RECHECK
         known.message = str(error)[:500]
+        if known.count >= self.limit and kind == known.kind:
+            known.next_try = now + RECHECK
+        elif kind != known.kind:
+            self.given_up -= known.count >= self.limit
+            known.begin(kind)
+        else:
+            known.others_answered += others_answered
+            known.others_failed += others_failed
+            if not _well(known.others_answered, known.others_failed):
+                known.begin(kind)
+            elif others_answered > 0 and _well(others_answered, others_failed):
+                known.count += 1
+                if known.count >= self.limit:
+                    self.given_up += 1
+                    known.next_try = now + RECHECK
         if known.count < self.limit:
             return None
         return _given_up(known, "it is not tried again", retry_after=RECHECK, error=error)
@@ -153,6 +178,10 @@ class RepeatedFailures:
         self._hints[known.hint] -= 1
         if not self._hints[known.hint]:
             del self._hints[known.hint]
+
+
+def _well(answered: int, failed: int) -> bool:
+    return failed <= WELL * answered
 
 
 def _given_up(known: _Known, what: str, *, retry_after: float, error: Exception | None = None) -> RepeatedFailureError:

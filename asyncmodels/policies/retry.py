@@ -123,7 +123,7 @@ class Retry(Policy):
         self._budget = RetryBudget(ratio=budget) if isinstance(budget, int | float) else budget
         self._retryable = _predicate(on)
         self._repeated = None if same_failures is None else RepeatedFailures(same_failures)
-        self._reask = Reask(reask) if isinstance(reask, int) and reask else reask or None
+        self._reask = reask if isinstance(reask, Reask) else Reask(reask) if reask else None
         self._clock = clock
         self._random = random
         self._schedule = Schedule(clock)

@@ -79,7 +79,7 @@ async def test_sleepers_wake_in_their_own_order() -> None:
     """Each wakes at its own time, also one that comes later and wakes earlier."""
     draws = iter([1.0, 0.25, 0.5])
     async with FakeClock(autojump=True) as clock:
-        server = Server(clock, **{text: [ServerError("x")] for text in "abc"})
+        server = Server(clock, a=[ServerError("x")], b=[ServerError("x")], c=[ServerError("x")])
         retry = Retry(server.backend, wait_initial=4, clock=clock, random=lambda: next(draws))
         await asyncio.gather(*(retry.generate(ask(text)) for text in "abc"))
 
@@ -144,7 +144,7 @@ def test_a_loop_that_was_dropped_leaves_nothing() -> None:
     call = loop.create_task(retry.generate(ask()))
     loop.run_until_complete(asyncio.sleep(0))
     assert retry.statistics().waiting == 1
-    call.get_coro().close()  # type: ignore[union-attr]  # as the garbage collector does with what nobody waits for
+    call.get_coro().close()  # as the garbage collector does with what nobody waits for
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
