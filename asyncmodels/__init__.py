@@ -62,15 +62,18 @@ if TYPE_CHECKING:
     from asyncmodels.local.smollm import SmolLMModel
     from asyncmodels.local.transformers import TransformersModel
     from asyncmodels.model import Model, Statistics
+    from asyncmodels.policies.budget import Budget
     from asyncmodels.policies.cache import Cache
     from asyncmodels.policies.cache_store import CacheStore, MemoryStore
     from asyncmodels.policies.concurrency import Concurrency
     from asyncmodels.policies.disk_store import DiskStore
     from asyncmodels.policies.fallback import Fallback
+    from asyncmodels.policies.prices import Price
     from asyncmodels.policies.redis_store import RedisStore
     from asyncmodels.policies.retry import Retry, RetryBudget
     from asyncmodels.policies.route import Route
     from asyncmodels.policies.single_flight import SingleFlight
+    from asyncmodels.policies.spending import Spending, SpendingLimit
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
     from asyncmodels.remote.bedrock import AmazonBedrockModel, AmazonBedrockServerModel, BedrockModel
@@ -113,6 +116,7 @@ __all__ = [
     "AzureOpenAIServerModel",
     "Backend",
     "BedrockModel",
+    "Budget",
     "BudgetExceededError",
     "Cache",
     "CacheStore",
@@ -163,6 +167,7 @@ __all__ = [
     "Parameters",
     "PermissionDeniedError",
     "Policy",
+    "Price",
     "ProtocolError",
     "ProviderPart",
     "QueueFullError",
@@ -185,6 +190,8 @@ __all__ = [
     "ServerTimeoutError",
     "SingleFlight",
     "SmolLMModel",
+    "Spending",
+    "SpendingLimit",
     "Statistics",
     "Stream",
     "StreamError",
@@ -218,6 +225,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "AzureOpenAIModel": ("asyncmodels.remote.azure", "openai"),
     "AzureOpenAIServerModel": ("asyncmodels.remote.azure", "openai"),
     "BedrockModel": ("asyncmodels.remote.bedrock", "bedrock"),
+    "Budget": ("asyncmodels.policies.budget", None),
     "Cache": ("asyncmodels.policies.cache", None),
     "CacheStore": ("asyncmodels.policies.cache_store", None),
     "CallableModel": ("asyncmodels.callable", None),
@@ -235,6 +243,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "OpenAIModel": ("asyncmodels.remote.openai", "openai"),
     "OpenAIServerModel": ("asyncmodels.remote.openai", "openai"),
     "Parameters": ("asyncmodels.request", None),
+    "Price": ("asyncmodels.policies.prices", None),
     "Quirks": ("asyncmodels.remote.quirks", None),
     "RedisStore": ("asyncmodels.policies.redis_store", "redis"),
     "Retry": ("asyncmodels.policies.retry", None),
@@ -243,6 +252,8 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "RouteModel": ("asyncmodels.several", None),
     "SingleFlight": ("asyncmodels.policies.single_flight", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
+    "Spending": ("asyncmodels.policies.spending", None),
+    "SpendingLimit": ("asyncmodels.policies.spending", None),
     "Statistics": ("asyncmodels.model", None),
     "Stream": ("asyncmodels.stream", None),
     "SyncModel": ("asyncmodels.sync", None),

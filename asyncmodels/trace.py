@@ -51,6 +51,8 @@ class AttemptRecord(ABC):
 class Record(ABC):
     """What becomes of one call."""
 
+    __slots__ = ()
+
     @abstractmethod
     def waited(self, where: Wait, seconds: float) -> None: ...
 

@@ -64,6 +64,9 @@ class _Rates:
     cache_write: int
     output: int
     reasoning: int
+    dearest_input: int
+    dearest_written: int
+    dearest_output: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,30 +82,28 @@ class Tariff:
         most = 0
         for rates in self.rates:
             if rates.above and rates.above >= input_tokens:
-                continue
-            dearest = max(rates.input, rates.cached)
-            if writes_cache:
-                dearest = max(dearest, rates.cache_write)
-            most = max(most, input_tokens * dearest + output_tokens * max(rates.output, rates.reasoning))
+                break
+            amount = input_tokens * (rates.dearest_written if writes_cache else rates.dearest_input)
+            amount += output_tokens * rates.dearest_output
+            if amount > most:
+                most = amount
         return most + self.request
 
     def cost(self, usage: Usage, *, writes_cache: bool = False) -> int:
         """What was used costs. Input that may have been written to a cache counts as if all of it was."""
-        tokens = usage.input_tokens
-        rates = self.rates[0]
-        for candidate in self.rates[1:]:
-            if tokens > candidate.above:
-                rates = candidate
-        cached = min(usage.cached_tokens or 0, tokens)
-        reasoning = min(usage.reasoning_tokens or 0, usage.output_tokens)
-        plain = max(rates.input, rates.cache_write) if writes_cache else rates.input
-        return (
-            self.request
-            + (tokens - cached) * plain
-            + cached * rates.cached
-            + (usage.output_tokens - reasoning) * rates.output
-            + reasoning * rates.reasoning
-        )
+        input, output = usage.input_tokens, usage.output_tokens
+        for rates in self.rates[::-1]:
+            if not rates.above or input > rates.above:
+                break
+        amount = self.request + input * rates.input + output * rates.output
+        if writes_cache and rates.cache_write > rates.input:
+            amount += input * (rates.cache_write - rates.input)
+        if usage.cached_tokens:
+            plain = max(rates.input, rates.cache_write) if writes_cache else rates.input
+            amount += min(usage.cached_tokens, input) * (rates.cached - plain)
+        if usage.reasoning_tokens:
+            amount += min(usage.reasoning_tokens, output) * (rates.reasoning - rates.output)
+        return amount
 
 
 def tariff_of(price: Price) -> Tariff:
@@ -170,7 +171,7 @@ class PriceList:
             where = f" at {origin.host}" if origin.host else ""
             raise ConfigurationError(
                 f"The price list does not know {name!r}{where}: give prices={{{name!r}: Price(input=..., output=...)}} "
-                "per million tokens, or FREE."
+                "per million tokens."
             ) from error
 
 
@@ -227,13 +228,15 @@ def _rates(
     cache_write: Amount | None,
     reasoning: Amount | None,
 ) -> _Rates:
+    read, write = input if cached is None else cached, input if cache_write is None else cache_write
+    thought = output if reasoning is None else reasoning
+    dearest = max(input, read)
     return _Rates(
         above,
-        input=_units(input, of=10**6),
-        cached=_units(input if cached is None else cached, of=10**6),
-        cache_write=_units(input if cache_write is None else cache_write, of=10**6),
-        output=_units(output, of=10**6),
-        reasoning=_units(output if reasoning is None else reasoning, of=10**6),
+        *(
+            _units(amount, of=10**6)
+            for amount in (input, read, write, output, thought, dearest, max(dearest, write), max(output, thought))
+        ),
     )
 
 

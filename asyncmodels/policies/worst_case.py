@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from asyncmodels.types import ImagePart, Message, ProviderPart, Request, TextPart, Tool
 
-__all__ = ["WorstCase", "worst_case"]
+__all__ = ["worst_case"]
 
 PER_REQUEST, PER_MESSAGE, PER_TOOL, FOR_TOOLS = 64, 16, 32, 1024
 """Tokens that providers put around what they are sent; the last is the prompt that explains the use of tools."""
 _OUTPUT = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxTokens")
 
 
-@dataclass(frozen=True, slots=True)
-class WorstCase:
-    """``output`` is None where the request does not bound it. ``writes_cache`` says that it marks parts of the prompt
-    to be kept by the provider, which costs more than to read them; no usage tells how many of them were."""
+def worst_case(request: Request, tokens_per_image: int) -> tuple[int, int | None, bool]:
+    """Upper bounds of the input and the output, and whether the request marks parts of the prompt for the provider's
+    cache, which costs more to write than to read: no usage tells how many tokens of it were written.
 
-    input: int
-    output: int | None
-    writes_cache: bool = False
-
-
-def worst_case(request: Request, tokens_per_image: int) -> WorstCase:
-    """An upper bound: no tokenizer in use makes more tokens of a text than it has bytes in UTF-8."""
+    No tokenizer in use makes more tokens of a text than it has bytes in UTF-8. The output is None where nothing in the
+    request bounds it.
+    """
     size = PER_REQUEST
     marked = False
     for message in request.messages:
         content = message.content
         if type(content) is str:
-            size += PER_MESSAGE + _bytes(content)
+            size += PER_MESSAGE + (len(content) if content.isascii() else _bytes(content))
         elif content is not None:
             size += PER_MESSAGE
             for part in content:
@@ -59,7 +53,7 @@ def worst_case(request: Request, tokens_per_image: int) -> WorstCase:
         size += _written(request.extra)
         marked = marked or _marks(request.extra)
         output = _output(output, request.extra)
-    return WorstCase(size, output, marked)
+    return size, output, marked
 
 
 def _bytes(text: str) -> int:
