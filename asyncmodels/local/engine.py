@@ -11,7 +11,7 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
@@ -55,6 +55,8 @@ class EngineStatistics:
     restarts: int
     device: str | None
     dtype: str | None
+    runtime: Mapping[str, float] = field(default_factory=dict)
+    """What the runtime counts by itself, under its own names."""
 
 
 class Engine:
@@ -143,7 +145,7 @@ class Engine:
             waiting=self._gate.waiting + self._gate.inside,
             queued=self._gate.inside,
             running=scheduler.running if scheduler else 0,
-            max_batch_size=self._settings.max_rows,
+            max_batch_size=scheduler.max_rows if scheduler else self._settings.max_rows,
             kv_tokens=scheduler.reserved if scheduler else 0,
             max_kv_tokens=scheduler.max_tokens if scheduler else self._settings.max_tokens,
             steps=tally.steps,
@@ -155,6 +157,7 @@ class Engine:
             restarts=tally.restarts,
             device=ready.info.device if ready else None,
             dtype=ready.info.dtype if ready else None,
+            runtime=worker.runtime_statistics() if worker is not None else {},
         )
 
     async def aclose(self) -> None:
@@ -190,7 +193,7 @@ class Engine:
                 continue
             sequence = self._sequence(request, prompt, ready, arrived)
             handle = Handle(sequence.id, lambda w=worker, s=sequence: w.cancel(s))  # type: ignore[misc]  # bound early
-            job = Job(sequence, handle, ticket, stops, streaming, bool(request.extra.get("ignore_eos", False)))
+            job = Job(sequence, handle, ticket, stops, streaming)
             ticket.charge(len(prompt))
             if worker.send(job):
                 return handle
@@ -211,6 +214,7 @@ class Engine:
             prompt=prompt,
             max_tokens=room if wanted is None else min(wanted, room),
             sampling=Sampling.of(request, ready.info.sampling),
+            ignore_eos=bool(request.extra.get("ignore_eos", False)),
             agent=request.agent,
             priority=request.priority,
             queued_at=arrived,

@@ -108,7 +108,6 @@ class Job:
     ticket: Ticket
     stops: StopMatcher
     streaming: bool
-    ignore_eos: bool = False
     detokenizer: Detokenizes | None = None
     _text: list[str] = field(default_factory=list)
     _logprobs: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)
@@ -130,13 +129,18 @@ class Job:
             entry = TokenLogprob(token_text(output.token), output.logprob, top)
             self._logprobs.append((self._decoded, entry))
         reason: FinishReason | None = None
-        if output.token in eos_token_ids and not self.ignore_eos:
+        if output.token in eos_token_ids and not self.sequence.ignore_eos:
             reason = "stop"
         else:
             self._emit(self.detokenizer.push(output.token))
             if len(self.sequence.output) >= self.sequence.max_tokens:
                 reason = "length"
-        if reason is not None and not self.stops.matched:
+        return reason if reason is None and not self.stops.matched else self.end(reason or "stop")
+
+    def end(self, reason: FinishReason) -> FinishReason:
+        """Ends the text after the last token. Returns why it ends: at a stop sequence, if one is in it."""
+        assert self.detokenizer is not None  # noqa: S101  # as above
+        if not self.stops.matched:
             self._emit(self.detokenizer.finish())
             self._keep(self.stops.flush())
             self._complete = not self.stops.matched

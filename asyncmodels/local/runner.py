@@ -7,14 +7,24 @@ batches; the engine decides who is in the batch, when a sequence ends, and whom 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
-from asyncmodels.types import Grammar
+from asyncmodels.types import FinishReason, Grammar
 
-__all__ = ["Detokenizes", "Failed", "Output", "Runner", "RunnerFactory", "RunnerInfo", "RunnerLostError", "Sampled"]
+__all__ = [
+    "Detokenizes",
+    "Ended",
+    "Failed",
+    "Output",
+    "Runner",
+    "RunnerFactory",
+    "RunnerInfo",
+    "RunnerLostError",
+    "Sampled",
+]
 
 
 class Detokenizes(Protocol):
@@ -45,6 +55,8 @@ class RunnerInfo:
     """How many tokens of KV memory there are for the whole batch; None where the runtime sees to that itself."""
     padded: bool = True
     """Whether every row takes as much KV memory as the longest."""
+    max_rows: int | None = None
+    """How many sequences the runtime can take at once, where that may be fewer than it is asked to."""
     compile_grammar: Callable[[Grammar], Any] | None = field(default=None, repr=False)
     """Turns a grammar into what ``Sequence.constraint`` holds: called on a thread of the front, before the request is
     queued, for each request anew. Raises InvalidRequestError for a grammar that is wrong or too large. None where the
@@ -72,7 +84,15 @@ class Failed:
     error: Exception
 
 
-Output: TypeAlias = Sampled | Failed
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence that the runtime has ended by itself. It follows the last token, which often said as much already."""
+
+    sequence: Sequence
+    reason: FinishReason
+
+
+Output: TypeAlias = Sampled | Failed | Ended
 
 
 class RunnerLostError(Exception):
@@ -81,6 +101,10 @@ class RunnerLostError(Exception):
 
 class Runner(ABC):
     """A runtime with one model."""
+
+    waits: ClassVar[bool] = False
+    """Whether the runtime runs by itself, and ``step`` waits for what it has to say. ``step`` is then called with
+    nothing in the batch as well, so that the runtime can notice its own end at any time."""
 
     @abstractmethod
     def load(self) -> RunnerInfo:
@@ -104,6 +128,10 @@ class Runner(ABC):
 
         Called on any thread, at any time from before ``load`` until after ``close``; never blocks.
         """
+
+    def statistics(self) -> Mapping[str, float]:
+        """What the runtime counts by itself, under its own names. Called on any thread once the model is loaded."""
+        return {}
 
     @abstractmethod
     def remove(self, sequences: Iterable[Sequence], /) -> None:

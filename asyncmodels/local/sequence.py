@@ -126,6 +126,8 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     constraint: Any = field(default=None, repr=False)
     """What the runner's ``compile_grammar`` made of the request's grammar; None where anything may be said."""
+    ignore_eos: bool = False
+    """Whether the answer goes on after a token that would end it."""
     cache_salt: str | None = None
     """Sequences share cached prefixes with those of the same salt alone."""
     agent: str | None = None

@@ -18,7 +18,7 @@ from asyncmodels.clock import Clock
 from asyncmodels.errors import AsyncModelsError, ClosedError, EngineDeadError, EngineError, ModelLoadError
 from asyncmodels.local.job import Job
 from asyncmodels.local.prompt import PromptEncoder
-from asyncmodels.local.runner import Failed, Runner, RunnerFactory, RunnerInfo, RunnerLostError, Sampled
+from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerFactory, RunnerInfo, RunnerLostError
 from asyncmodels.local.scheduler import Scheduler
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.signals import OneShot, Outbox
@@ -133,6 +133,11 @@ class Worker:
             self.ready.fail(_closed())
         self._put(_Close())
 
+    def runtime_statistics(self) -> Mapping[str, float]:
+        """What the runtime counts by itself; nothing before it is loaded."""
+        runner = self._runner
+        return runner.statistics() if runner is not None and self.ready.value is not None else {}
+
     def join(self) -> None:
         """Waits for the end of the thread, which is at hand once ``ended`` has come."""
         self._thread.join()
@@ -169,7 +174,8 @@ class Worker:
         info = runner.load()
         settings = self.settings
         max_tokens = info.max_tokens if settings.max_tokens is None else settings.max_tokens
-        scheduler = Scheduler(max_rows=settings.max_rows, max_tokens=max_tokens, padded=info.padded)
+        max_rows = settings.max_rows if info.max_rows is None else min(settings.max_rows, info.max_rows)
+        scheduler = Scheduler(max_rows=max_rows, max_tokens=max_tokens, padded=info.padded)
         encoder = PromptEncoder(info.tokenizer, template_kwargs=settings.template_kwargs, name=settings.name)
         ready = Ready(info, encoder, scheduler)
         self.ready.set(ready)
@@ -179,7 +185,7 @@ class Worker:
         scheduler = ready.scheduler
         while True:
             self._outbox.flush()
-            leaving = self._read_inbox(scheduler)
+            leaving = self._read_inbox(scheduler, sleep=not runner.waits)
             if self._closing:
                 return
             leaving += self._sweep_closed_loops(scheduler)
@@ -188,8 +194,9 @@ class Worker:
             started = scheduler.start(self.settings.clock.time())
             if started:
                 self._start(started, runner, ready)
-            if not scheduler.running:
+            if not scheduler.running and not runner.waits:
                 continue
+            self._outbox.flush()  # a step may wait
             try:
                 outputs = runner.step()
             except RunnerLostError:
@@ -197,15 +204,16 @@ class Worker:
             except Exception as error:
                 self._survive(error, runner, scheduler)
                 continue
-            self._tally_step(scheduler)
+            if scheduler.running and (outputs or not runner.waits):
+                self._tally_step(scheduler)
             done = self._take(outputs, ready)
             if done:
                 runner.remove(done)
 
-    def _read_inbox(self, scheduler: Scheduler) -> list[Sequence]:
-        """Works off the inbox, waiting for it when there is nothing else to do. Returns rows that were cancelled."""
+    def _read_inbox(self, scheduler: Scheduler, *, sleep: bool) -> list[Sequence]:
+        """Works off the inbox, with ``sleep`` waiting when there is nothing to do. Returns rows that were cancelled."""
         leaving: list[Sequence] = []
-        block = not scheduler.running and not scheduler.queued
+        block = sleep and not scheduler.running and not scheduler.queued
         while True:
             try:
                 command = self._inbox.get(block)
@@ -241,7 +249,7 @@ class Worker:
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def _take(self, outputs: list[Sampled | Failed], ready: Ready) -> list[Sequence]:
+    def _take(self, outputs: list[Output], ready: Ready) -> list[Sequence]:
         """Hands out what a step brought. Returns the sequences that are done."""
         now = self.settings.clock.time()
         done: list[Sequence] = []
@@ -258,9 +266,12 @@ class Worker:
                 done.append(output.sequence)
         return done
 
-    def _take_one(self, output: Sampled | Failed, job: Job, ready: Ready, now: float) -> bool:
+    def _take_one(self, output: Output, job: Job, ready: Ready, now: float) -> bool:
         if isinstance(output, Failed):
             self._fail(job, _row_error(output.error), ready.scheduler)
+            return True
+        if isinstance(output, Ended):
+            self._finish(job, job.end(output.reason), ready.scheduler, now)
             return True
         ready.scheduler.token(output.sequence, output.token, now)
         self.tally.tokens += 1
@@ -340,16 +351,17 @@ class Worker:
                 self._loops[command.handle.loop] += 1
         if ready is not None:
             ready.encoder.close()
+        # At once: the runtime may take a while to go away. Only those who come again until then wait for that.
+        self._fail_all(lambda: _closed() if reason is None else _dead(reason), ready.scheduler if ready else None)
+        self._outbox.flush()
         if runner is not None:
             try:
                 runner.close()
             except Exception as error:
                 reason = reason or error
         atexit.unregister(self._at_exit)
-        # Whoever hears of the end below may come again at once, and must find a worker that has ended.
+        # Whoever hears that loading failed may come again at once, and must find a worker that has ended.
         self.ended.set(reason)
-        self._fail_all(lambda: _closed() if reason is None else _dead(reason), ready.scheduler if ready else None)
-        self._outbox.flush()
         if not self.ready.done:
             self.ready.fail(_load_error(self.settings.model_id, reason))
 
