@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncmodels.backend import Backend, Capabilities, Policy, compose
+    from asyncmodels.batch.item import Item
+    from asyncmodels.batch.run import Run
+    from asyncmodels.batch.tally import RunStatistics
     from asyncmodels.callable import CallableModel
     from asyncmodels.errors import (
         AsyncModelsError,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
         IdleTimeoutError,
         InvalidRequestError,
         InvalidResponseError,
+        JournalError,
         MissingExtraError,
         MissingKeyError,
         ModelLoadError,
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
         ReadTimeoutError,
         RepeatedFailureError,
         ResponseFormatError,
+        RunError,
+        RunStoppedError,
         ServerError,
         ServerTimeoutError,
         StreamError,
@@ -151,7 +157,9 @@ __all__ = [
     "InferenceClientModel",
     "InvalidRequestError",
     "InvalidResponseError",
+    "Item",
     "JSONSchema",
+    "JournalError",
     "LiteLLMModel",
     "LiteLLMRouterModel",
     "MemoryStore",
@@ -186,6 +194,10 @@ __all__ = [
     "RetryBudget",
     "Route",
     "RouteModel",
+    "Run",
+    "RunError",
+    "RunStatistics",
+    "RunStoppedError",
     "ServerError",
     "ServerTimeoutError",
     "SingleFlight",
@@ -236,6 +248,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "FallbackModel": ("asyncmodels.several", None),
     "HfApiModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "InferenceClientModel": ("asyncmodels.remote.huggingface", "huggingface"),
+    "Item": ("asyncmodels.batch.item", None),
     "LiteLLMModel": ("asyncmodels.remote.litellm", "litellm"),
     "LiteLLMRouterModel": ("asyncmodels.remote.litellm", "litellm"),
     "MemoryStore": ("asyncmodels.policies.cache_store", None),
@@ -250,6 +263,8 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "RetryBudget": ("asyncmodels.policies.retry", None),
     "Route": ("asyncmodels.policies.route", None),
     "RouteModel": ("asyncmodels.several", None),
+    "Run": ("asyncmodels.batch.run", None),
+    "RunStatistics": ("asyncmodels.batch.tally", None),
     "SingleFlight": ("asyncmodels.policies.single_flight", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
     "Spending": ("asyncmodels.policies.spending", None),

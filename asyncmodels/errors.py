@@ -42,6 +42,9 @@ AsyncModelsError
 ├── EngineError                  a local engine could not serve the request
 │   ├── QueueFullError           admission refused: too many requests or tokens are queued
 │   └── EngineDeadError          the engine's thread died; carries the cause
+├── RunError                     a run over many inputs ended before its time
+│   ├── RunStoppedError          too many of its items failed
+│   └── JournalError             its journal cannot be used, or is another run's
 └── ClosedError                  the model was closed
 """
 
@@ -75,6 +78,7 @@ __all__ = [
     "IdleTimeoutError",
     "InvalidRequestError",
     "InvalidResponseError",
+    "JournalError",
     "MissingExtraError",
     "MissingKeyError",
     "ModelLoadError",
@@ -88,6 +92,8 @@ __all__ = [
     "ReadTimeoutError",
     "RepeatedFailureError",
     "ResponseFormatError",
+    "RunError",
+    "RunStoppedError",
     "ServerError",
     "ServerTimeoutError",
     "StreamError",
@@ -414,3 +420,15 @@ class EngineDeadError(EngineError):
 
 class ClosedError(AsyncModelsError):
     """The model, pool or engine was closed."""
+
+
+class RunError(AsyncModelsError):
+    """A run over many inputs ended before its time. What was answered until then is not lost."""
+
+
+class RunStoppedError(RunError):
+    """Too many items of a run failed, as ``max_errors`` counts; the last of their errors is the cause."""
+
+
+class JournalError(RunError):
+    """The journal of a run cannot be read or written, or belongs to another run or another process."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias, TypeVar, Unpack
 
 from asyncmodels.attempt import Attempt
 from asyncmodels.backend import Backend, Branching, Capabilities, Statistical, compose, links
@@ -21,6 +21,9 @@ from asyncmodels.stream import Stream
 from asyncmodels.types import Message, Request, Response, evolve
 
 if TYPE_CHECKING:
+    from asyncmodels.batch.inputs import Inputs
+    from asyncmodels.batch.order import Schedule
+    from asyncmodels.batch.run import Run
     from asyncmodels.explanation import Explanation
     from asyncmodels.sync import SyncModel
 
@@ -136,6 +139,48 @@ class Model(Backend, Reproducible):
         request = build_request(messages, params, self._defaults)
         self._chain.capabilities.check(request, streaming=True)
         return Stream(self._chain, request, self._calls, self)
+
+    def map(
+        self,
+        inputs: Inputs,
+        /,
+        *,
+        concurrency: int = 1000,
+        ordered: bool = False,
+        limit: int | None = None,
+        shuffle: int | None = None,
+        schedule: Schedule | None = None,
+        on_error: Literal["yield", "raise"] = "yield",
+        max_errors: int | None = None,
+        **params: Unpack[Parameters],
+    ) -> Run:
+        """Asks all of ``inputs``, however many, and gives what comes of each as an item with a response or an error::
+
+            async for item in model.map(prompts, max_tokens=100):
+                print(item.id, item.response or item.error)
+
+        Inputs are strings, lists of messages, Requests, or dicts of ``messages`` (or a ``prompt``), an ``id`` and
+        parameters of their own, in a list, an iterator or an async iterator; ``params`` are for those that have none.
+        Memory stays bounded at any length, but for the ids that inputs bring (about 60 MB for a million).
+
+        At most ``concurrency`` calls are in flight, whatever the model's own limit is. Items come as they complete, or
+        in the order of the input with ``ordered``. ``limit`` reads no more than so many inputs, ``shuffle`` is the seed
+        of a random order; ``schedule`` is the order of asking ("input", "longest", "prefix"), which for lists and a
+        local engine is what is fastest unless told otherwise. ``on_error="raise"`` ends the run with the first error,
+        ``max_errors`` with a RunStoppedError when more items have failed.
+        """
+        from asyncmodels.batch.run import Run, RunSettings
+
+        settings = RunSettings(
+            concurrency=concurrency,
+            ordered=ordered,
+            limit=limit,
+            shuffle=shuffle,
+            schedule=schedule,
+            on_error=on_error,
+            max_errors=max_errors,
+        )
+        return Run(self, inputs, settings, params=dict(params))
 
     @property
     def sync(self) -> SyncModel:

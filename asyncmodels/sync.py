@@ -11,9 +11,10 @@ import atexit
 import os
 import queue
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
@@ -21,17 +22,23 @@ from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.types import Delta, Response
 
 if TYPE_CHECKING:
+    from asyncmodels.batch.item import Item
+    from asyncmodels.batch.run import Run
+    from asyncmodels.batch.tally import RunStatistics
     from asyncmodels.model import Messages, Model, Statistics
     from asyncmodels.request import Parameters
     from asyncmodels.stream import Stream
 
-__all__ = ["SyncModel", "SyncStream"]
+__all__ = ["SyncModel", "SyncRun", "SyncStream"]
 
 T = TypeVar("T")
 
 # How long, in seconds, leaving a call (by Ctrl-C, by closing a stream, by the end of the interpreter) waits for the
 # call to let go of what it holds.
 _GRACE = 5.0
+
+_TOGETHER = 256
+"""How many items of a run come over from the loop at once at most."""
 
 
 class SyncModel:
@@ -47,6 +54,10 @@ class SyncModel:
     def stream(self, messages: Messages, /, **params: Unpack[Parameters]) -> SyncStream:
         """As ``Model.stream``; a plain iterator and context manager."""
         return SyncStream(self.model.stream(messages, **params))
+
+    def map(self, inputs: Iterable[Any], /, **settings: Any) -> SyncRun:
+        """As ``Model.map``, with the same keywords; a plain iterator and context manager."""
+        return SyncRun(self.model.map(inputs, **settings))
 
     def statistics(self) -> Statistics:
         return self.model.statistics()
@@ -138,6 +149,72 @@ class SyncStream(AbstractContextManager["SyncStream"], Iterator[Delta]):
             self._pump.cancel()
 
 
+class SyncRun(AbstractContextManager["SyncRun"], Iterator["Item"]):
+    """A Run for callers without an event loop: iterate it, or ask for all ``results()``.
+
+    Leaving it early, with or without ``with``, cancels what is in flight. Ctrl-C ends it, too.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._items: AsyncIterator[Item] | None = None
+        self._read: deque[Item] = deque()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> SyncRun:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> SyncRun:
+        return self
+
+    def __next__(self) -> Item:
+        with self._lock:
+            if not self._read:
+                self._read.extend(_background.run(self._more))
+            if not self._read:
+                raise StopIteration
+            return self._read.popleft()
+
+    def results(self) -> list[Item]:
+        """All items, in the order of the input. It holds them all in memory."""
+        return sorted(self, key=lambda item: item.index)
+
+    def statistics(self) -> RunStatistics:
+        return self.run.statistics()
+
+    def cancel(self) -> None:
+        """As ``Run.cancel``; on any thread."""
+
+        async def cancel() -> None:
+            self.run.cancel()
+
+        _background.run(cancel)
+
+    def close(self) -> None:
+        """Cancels what is in flight and lets go of everything. Closing twice is allowed."""
+        _background.run(self.run.aclose)
+
+    async def _more(self) -> list[Item]:
+        """At least one item, and as many more as need no waiting: a hop between threads costs more than an item."""
+        if self._items is None:
+            self._items = aiter(self.run)
+        items: list[Item] = []
+        async for item in self._items:
+            items.append(item)
+            if not self.run.ready or len(items) == _TOGETHER:
+                break
+        return items
+
+    def __del__(self) -> None:
+        if self._items is not None:
+            _background.drop(self.run.aclose)
+
+
 class _End:
     """How a stream ended: ``error`` came out of its iteration; ``outcome`` is what asking for the response gives."""
 
@@ -215,6 +292,14 @@ class _Background:
             )
         loop = self._started()
         return asyncio.run_coroutine_threadsafe(call(), loop)
+
+    def drop(self, call: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Has the loop, if it still runs, do ``call`` some time; waits for nothing: for finalizers."""
+        with self._lock:
+            loop = self._loop
+        if loop is not None and not loop.is_closed():
+            with suppress(RuntimeError):  # it is about to end, which cancels whatever there is
+                loop.call_soon_threadsafe(lambda: asyncio.ensure_future(call()))
 
     def _started(self) -> asyncio.AbstractEventLoop:
         with self._lock:

@@ -164,7 +164,7 @@ LAZY: Mapping[str, set[str]] = {
 TYPING: Mapping[str, set[str]] = {
     "errors": {"types"},
     "model": {"batch", "explanation", "sync"},
-    "sync": {"model", "request", "stream"},
+    "sync": {"batch", "model", "request", "stream"},
     "registry": {"model"},
     "cli": {"model", "registry", "types"},
 }

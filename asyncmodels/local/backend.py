@@ -39,6 +39,9 @@ class EngineBackend(Backend):
     memory and its thread.
     """
 
+    batch_schedule = "prefix"
+    """What a run over many inputs does best: an engine computes what prompts share once, and long ones go first."""
+
     def __init__(
         self,
         factory: Callable[[], Runner],

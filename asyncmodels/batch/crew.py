@@ -1,0 +1,176 @@
+"""Who does the work of a run: as many workers as calls may be in flight, and one who writes results down.
+
+A worker takes the next entry, answers it and hands the item on. So many entries are out at a time: taken, and their
+items not yet read. When they are, nobody takes another, and that is what bounds the memory of a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+from asyncmodels.batch.item import Entry, Item
+
+__all__ = ["Crew"]
+
+Answer: TypeAlias = Callable[[Entry], Awaitable[Item]]
+Record: TypeAlias = Callable[[Sequence[Item]], Awaitable[None]]
+
+_TOGETHER = 256
+"""How many results are written down together at most."""
+
+
+class Crew:
+    """Makes items of the entries of ``source`` by ``answer``; items in it pass as they are.
+
+    At most ``concurrency`` are being answered and ``out`` are out. With ``ordered`` they come in the order of their
+    index; ``source`` must give any index before it has given ``out`` later ones. ``record`` is told each new item
+    before it comes out. It belongs to one event loop and one reader.
+    """
+
+    def __init__(
+        self,
+        source: AsyncGenerator[Entry | Item, None],
+        answer: Answer,
+        *,
+        concurrency: int,
+        out: int,
+        ordered: bool = False,
+        record: Record | None = None,
+    ) -> None:
+        self._source = source
+        self._answer = answer
+        self._concurrency = concurrency
+        self._free = out
+        self._room: asyncio.Future[None] | None = None
+        self._taking = asyncio.Lock()
+        self._exhausted = False
+        self._failure: Exception | None = None
+        self._turn = _Turn() if ordered else None
+        self._workers: set[asyncio.Task[None]] = set()
+        self._results: asyncio.Queue[Item | None] = asyncio.Queue()
+        self._unwritten = self._results
+        self._writer: asyncio.Task[None] | None = None
+        if record is not None:
+            self._unwritten = asyncio.Queue()
+            self._writer = asyncio.create_task(self._write(record))
+
+    async def items(self) -> AsyncGenerator[Item, None]:
+        """The items as they complete, or in order.
+
+        What ``source`` raises comes out after all items before it, what ``record`` raises at once. Closing the
+        generator cancels what is under way.
+        """
+        try:
+            self._hire()
+            while (item := await self._results.get()) is not None:
+                for done in (item,) if self._turn is None else self._turn.after(item):
+                    self._make_room()
+                    yield done
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            await self._dismiss()
+
+    @property
+    def ready(self) -> bool:
+        """Whether something waits to be read."""
+        return not self._results.empty()
+
+    def stop(self, error: Exception | None = None) -> None:
+        """Ends it as soon as the items that are there were read: nothing is taken any more, and what is under way is
+        cancelled. With an ``error`` reading ends with that."""
+        self._failure = self._failure or error
+        self._exhausted = True
+        self._results.put_nowait(None)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _hire(self) -> None:
+        worker = asyncio.create_task(self._work())
+        self._workers.add(worker)
+        worker.add_done_callback(self._gone)
+
+    def _make_room(self) -> None:
+        self._free += 1
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    async def _dismiss(self) -> None:
+        self._exhausted = True
+        tasks = [*self._workers] if self._writer is None else [*self._workers, self._writer]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._source.aclose()
+
+    async def _work(self) -> None:
+        while (taken := await self._take()) is not None:
+            # One more is needed only where nobody stands in line for the next entry.
+            if not self._taking.locked() and len(self._workers) < self._concurrency:
+                self._hire()
+            if isinstance(taken, Item):
+                self._results.put_nowait(taken)
+            else:
+                self._unwritten.put_nowait(await self._answer(taken))
+
+    async def _take(self) -> Entry | Item | None:
+        async with self._taking:
+            while not self._free:
+                self._room = asyncio.get_running_loop().create_future()
+                await self._room
+            if self._exhausted:
+                return None
+            try:
+                taken = await anext(self._source, None)
+            except Exception as error:
+                self._failure = error
+                taken = None
+            if taken is None:
+                self._exhausted = True
+            else:
+                self._free -= 1
+            return taken
+
+    def _gone(self, worker: asyncio.Task[None]) -> None:
+        self._workers.discard(worker)
+        if not worker.cancelled() and (error := worker.exception()) is not None:
+            # Whatever a request can raise is its item's: this is a mistake of ours, and ends the run instead of it.
+            self.stop(error if isinstance(error, Exception) else RuntimeError(f"The run was ended by {error!r}."))
+        if not self._workers and self._exhausted:
+            self._unwritten.put_nowait(None)
+
+    async def _write(self, record: Record) -> None:
+        try:
+            while (item := await self._unwritten.get()) is not None:
+                items = [item]
+                while len(items) < _TOGETHER and not self._unwritten.empty():
+                    more = self._unwritten.get_nowait()
+                    if more is None:
+                        self._unwritten.put_nowait(None)
+                        break
+                    items.append(more)
+                await record(items)
+                for item in items:
+                    self._results.put_nowait(item)
+            self._results.put_nowait(None)
+        except Exception as error:
+            self.stop(error)
+
+
+class _Turn:
+    """Keeps items until those before them have come."""
+
+    def __init__(self) -> None:
+        self._next = 0
+        self._early: dict[int, Item] = {}
+
+    def after(self, item: Item) -> list[Item]:
+        """Those whose turn it is, now that ``item`` is here."""
+        self._early[item.index] = item
+        ready: list[Item] = []
+        while self._next in self._early:
+            ready.append(self._early.pop(self._next))
+            self._next += 1
+        return ready

@@ -1,0 +1,93 @@
+"""What callers have, as entries: a string, messages, a dict of an ``id`` and the fields of a request, or a Request.
+
+Inputs come as a list, an iterator or an async iterator, and are read one at a time, when somebody is free to ask them.
+What cannot be read as a request becomes an entry with an error, which names the input, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from asyncmodels.batch.item import Entry
+from asyncmodels.errors import ConfigurationError, InvalidRequestError
+from asyncmodels.types import Message, Request
+
+__all__ = ["Inputs", "checked_inputs", "entries"]
+
+Inputs: TypeAlias = Iterable[Any] | AsyncIterable[Any]
+"""Strings, lists of messages, dicts with ``messages`` or ``prompt``, an ``id`` and parameters, or Requests."""
+
+MakeRequest: TypeAlias = Callable[[Any, Mapping[str, Any]], Request]
+
+
+def checked_inputs(inputs: object) -> Inputs:
+    """``inputs``; raises ConfigurationError for what looks like a single input or is nothing to go through."""
+    if isinstance(inputs, str | bytes | Mapping | Message | Request):
+        raise ConfigurationError(
+            f"map takes a list, an iterator or an async iterator of inputs, not one {type(inputs).__name__}."
+        )
+    if not isinstance(inputs, Iterable | AsyncIterable):
+        raise ConfigurationError(f"map takes something to go through, not {type(inputs).__name__}.")
+    return inputs
+
+
+async def entries(inputs: Inputs, make: MakeRequest) -> AsyncGenerator[Entry, None]:
+    """The inputs in their order. What ``inputs`` itself raises comes out here."""
+    reader = _Reader(make)
+    if isinstance(inputs, AsyncIterable):
+        async for value in inputs:
+            yield reader.read(value)
+    else:
+        for value in inputs:
+            yield reader.read(value)
+
+
+class _Reader:
+    def __init__(self, make: MakeRequest) -> None:
+        self._make = make
+        self._index = 0
+        self._seen: set[int] = set()
+        """Hashes of the ids that callers gave; those of places in the input cannot meet."""
+
+    def read(self, value: Any) -> Entry:
+        index = self._index
+        self._index += 1
+        given: str | None = None
+        try:
+            given, messages, params = _taken_apart(value)
+            if given is not None:
+                self._once(given)
+            return Entry(index, str(index) if given is None else given, self._make(messages, params))
+        except InvalidRequestError as error:
+            return Entry(index, str(index) if given is None else given, None, _placed(error, index, given))
+
+    def _once(self, id: str) -> None:
+        mark = hash(id)
+        if mark in self._seen:
+            raise InvalidRequestError("this id was there before: ids must differ, or results cannot be told apart.")
+        self._seen.add(mark)
+
+
+def _taken_apart(value: Any) -> tuple[str | None, Any, Mapping[str, Any]]:
+    """An input's id, its messages and its own parameters."""
+    if not isinstance(value, Mapping) or "role" in value:
+        return None, value, {}
+    fields = dict(value)
+    given = fields.pop("id", None)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, str | int) or given == ""):
+        raise InvalidRequestError(f"an id is a text or a whole number, not {given!r}.")
+    found = [name for name in ("messages", "prompt") if fields.get(name) is not None]
+    if len(found) != 1:
+        raise InvalidRequestError('an input that is a dict has either "messages" or a "prompt".')
+    messages = fields.pop(found[0])
+    fields.pop("messages", None)
+    fields.pop("prompt", None)
+    return None if given is None else str(given), messages, fields
+
+
+def _placed(error: InvalidRequestError, index: int, id: str | None) -> InvalidRequestError:
+    name = f"Input {index}" if id is None else f"Input {index} (id {id!r})"
+    placed = InvalidRequestError(f"{name}: {error}")
+    placed.__cause__ = error
+    return placed

@@ -1,0 +1,271 @@
+"""A run: many requests through one model, with bounded memory, whose results come as they complete or in order.
+
+Workers take the next input when they are free, so there are never more tasks than calls in flight; results go through
+a bounded buffer, so that a reader who is slow, or stops, makes the workers wait instead of the memory grow.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterable, Sized
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import AsyncGeneratorType, TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
+
+from asyncmodels.backend import links
+from asyncmodels.batch.crew import Crew
+from asyncmodels.batch.inputs import Inputs, checked_inputs, entries
+from asyncmodels.batch.item import Entry, Item
+from asyncmodels.batch.journal import Journal
+from asyncmodels.batch.order import WINDOW, Entries, Schedule, groups, limited, scheduled, shuffled
+from asyncmodels.batch.tally import RunStatistics, Tally
+from asyncmodels.errors import ConfigurationError, RunStoppedError
+
+if TYPE_CHECKING:
+    from asyncmodels.model import Model
+
+__all__ = ["Run", "RunSettings"]
+
+_GROUP = 256
+"""How many inputs are looked up in a journal together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """How a run goes. Raises ConfigurationError for what makes no sense.
+
+    ``concurrency`` calls are in flight at once at most, whatever the model's own limits are. ``ordered`` gives results
+    in the order of the input instead of as they complete. ``limit`` ends the input early, ``shuffle`` is a seed for a
+    random order. ``schedule`` is the order in which inputs are asked; None takes what is best for the model.
+    ``on_error="raise"`` ends the run with the first item that fails; ``max_errors`` ends it with a RunStoppedError when
+    more have failed.
+    """
+
+    concurrency: int = 1000
+    ordered: bool = False
+    limit: int | None = None
+    shuffle: int | None = None
+    schedule: Schedule | None = None
+    on_error: Literal["yield", "raise"] = "yield"
+    max_errors: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("concurrency", 1), ("limit", 0), ("max_errors", 0)):
+            value = getattr(self, name)
+            optional = name != "concurrency"
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                none = ", or None" if optional else ""
+                raise ConfigurationError(f"{name} must be a whole number of at least {least}{none}, not {value!r}.")
+        if self.shuffle is not None and (isinstance(self.shuffle, bool) or not isinstance(self.shuffle, int)):
+            raise ConfigurationError(f"shuffle must be a seed, a whole number, or None, not {self.shuffle!r}.")
+        if self.schedule not in (None, "input", "longest", "prefix"):
+            raise ConfigurationError(f'schedule must be "input", "longest" or "prefix", not {self.schedule!r}.')
+        if self.on_error not in ("yield", "raise"):
+            raise ConfigurationError(f'on_error must be "yield" or "raise", not {self.on_error!r}.')
+        if self.shuffle is not None and self.schedule not in (None, "input"):
+            raise ConfigurationError("shuffle and schedule both say in which order to ask; give one of them.")
+        if self.shuffle is not None and self.ordered:
+            raise ConfigurationError("ordered has results wait for their turn, and shuffle for how long no one knows.")
+
+
+class Run(AsyncIterable[Item]):
+    """Many requests on their way through a model. Go through it once, or ask for all ``results()``::
+
+        async with model.map(prompts, max_tokens=20) as run:
+            async for item in run:
+                print(item.id, item.response or item.error)
+
+    Nothing is asked before somebody reads. Leaving it, by ``break``, an error or Ctrl-C, cancels what is in flight.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        inputs: Inputs,
+        settings: RunSettings,
+        *,
+        params: dict[str, Any] | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self._inputs = checked_inputs(inputs)
+        self._params = params or {}
+        self._journal = journal
+        self._total = _total(inputs, settings.limit)
+        self._tally = Tally()
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._crew: Crew | None = None
+        # Not the generator itself, which the workers would keep alive: it must end when its reader drops it.
+        self._items: weakref.ref[AsyncGeneratorType[Item, None]] | None = None
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def __aiter__(self) -> AsyncGenerator[Item, None]:
+        if self._items is not None:
+            raise ConfigurationError("A run is gone through once; make another one with map.")
+        items = cast("AsyncGeneratorType[Item, None]", self._go())
+        self._items = weakref.ref(items)
+        return items
+
+    async def results(self) -> list[Item]:
+        """All items, in the order of the input. It holds them all in memory."""
+        return sorted([item async for item in self], key=lambda item: item.index)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to read at once."""
+        return self._crew is not None and self._crew.ready
+
+    def statistics(self) -> RunStatistics:
+        now = time.perf_counter() if self._ended is None else self._ended
+        elapsed = 0.0 if self._began is None else now - self._began
+        return self._tally.statistics(total=self._total, elapsed=elapsed)
+
+    def cancel(self) -> None:
+        """Ends the run: what is in flight is cancelled, and reading ends after the items that are there."""
+        if self._crew is not None:
+            self._crew.stop()
+
+    async def aclose(self) -> None:
+        """Cancels what is in flight and lets go of everything. Closing twice is allowed."""
+        self.cancel()
+        items = None if self._items is None else self._items()
+        if items is not None and not items.ag_running:
+            await items.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        total = "" if now.total is None else f" of {now.total}"
+        return (
+            f"<Run on {self.model.model_id!r}: {now.done}{total} done, {now.in_flight} in flight, {now.failed} failed>"
+        )
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    async def _go(self) -> AsyncGenerator[Item, None]:
+        settings, journal = self.settings, self._journal
+        self._began = time.perf_counter()
+        try:
+            if journal is not None:
+                await journal.begin()
+            self._crew = Crew(
+                self._source(),
+                self._answer,
+                concurrency=settings.concurrency,
+                # What is asked in another order than it comes may all have to wait for the first.
+                out=2 * settings.concurrency + (WINDOW if settings.ordered else 0),
+                ordered=settings.ordered,
+                record=None if journal is None else journal.record,
+            )
+            async with aclosing(self._crew.items()) as items:
+                async for item in items:
+                    self._tally.add(item)
+                    yield item
+                    self._judge(item)
+        finally:
+            self._ended = time.perf_counter()
+            if journal is not None:
+                await journal.aclose()
+
+    def _judge(self, item: Item) -> None:
+        """Raises where an item's error is the end of the run."""
+        if item.error is None:
+            return
+        if self.settings.on_error == "raise":
+            raise item.error
+        limit, failed = self.settings.max_errors, self._tally.failed
+        if limit is not None and failed > limit:
+            raise RunStoppedError(
+                f"The run was stopped after {failed} errors (max_errors={limit}), of which the last is: {item.error}"
+            ) from item.error
+
+    async def _source(self) -> AsyncGenerator[Entry | Item, None]:
+        """What there is to do, in the order in which to do it; as items what needs not be done."""
+        settings = self.settings
+        found: Entries = entries(self._inputs, self._make)
+        if settings.limit is not None:
+            found = limited(found, settings.limit)
+        if settings.shuffle is not None:
+            found = shuffled(found, settings.shuffle)
+        else:
+            schedule = settings.schedule or (_schedule_for(self.model) if isinstance(self._inputs, Sized) else "input")
+            if schedule != "input":
+                found = scheduled(found, schedule)
+        found = self._counted(found)
+        if self._journal is None:
+            async with aclosing(found):
+                async for entry in found:
+                    yield entry
+        else:
+            # An async input may come slowly, or from what is done with results: it is not read ahead.
+            together = 1 if isinstance(self._inputs, AsyncIterable) else _GROUP
+            async with aclosing(_looked_up(found, self._journal, together)) as known:
+                async for what in known:
+                    yield what
+
+    async def _counted(self, found: Entries) -> Entries:
+        async with aclosing(found):
+            async for entry in found:
+                self._tally.read += 1
+                yield entry
+
+    def _make(self, messages: Any, params: Any) -> Any:
+        return self.model.request(messages, **{**self._params, **params})
+
+    async def _answer(self, entry: Entry) -> Item:
+        if entry.request is None:
+            return Item(index=entry.index, id=entry.id, request=None, error=entry.error)
+        started = time.perf_counter()
+        response, failure = None, None
+        self._tally.in_flight += 1
+        try:
+            response = await self.model.generate(entry.request)
+        except Exception as error:
+            failure = error
+        finally:
+            self._tally.in_flight -= 1
+        return Item(
+            index=entry.index,
+            id=entry.id,
+            request=entry.request,
+            response=response,
+            error=failure,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _total(inputs: Inputs, limit: int | None) -> int | None:
+    total = len(inputs) if isinstance(inputs, Sized) else None
+    if limit is None:
+        return total
+    return None if total is None else min(total, limit)
+
+
+def _schedule_for(model: Model) -> Schedule:
+    """What the model's backend says of itself; a provider does not care for the order."""
+    for link in links(model):
+        wish = getattr(link, "batch_schedule", None)
+        if wish is not None:
+            return cast(Schedule, wish)
+    return "input"
+
+
+async def _looked_up(found: Entries, journal: Journal, together: int) -> AsyncGenerator[Entry | Item, None]:
+    async with aclosing(groups(found, together)) as all_groups:
+        async for group in all_groups:
+            for entry, item in zip(group, await journal.known(group), strict=True):
+                yield entry if item is None else item
