@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from asyncmodels.policies.disk_store import DiskStore
     from asyncmodels.policies.fallback import Fallback
     from asyncmodels.policies.prices import Price
+    from asyncmodels.policies.rate_limit import RateLimit
     from asyncmodels.policies.redis_store import RedisStore
     from asyncmodels.policies.retry import Retry, RetryBudget
     from asyncmodels.policies.route import Route
@@ -93,12 +94,14 @@ if TYPE_CHECKING:
     from asyncmodels.sync import SyncModel, SyncStream
     from asyncmodels.types import (
         EBNF,
+        Allowance,
         Choice,
         Delta,
         ImagePart,
         JSONSchema,
         Message,
         ProviderPart,
+        RateLimits,
         Regex,
         Request,
         Response,
@@ -113,6 +116,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Allowance",
     "AmazonBedrockModel",
     "AmazonBedrockServerModel",
     "AsyncModelsError",
@@ -181,7 +185,9 @@ __all__ = [
     "QueueFullError",
     "Quirks",
     "QuotaExceededError",
+    "RateLimit",
     "RateLimitError",
+    "RateLimits",
     "ReadTimeoutError",
     "RedisStore",
     "Regex",
@@ -258,6 +264,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Parameters": ("asyncmodels.request", None),
     "Price": ("asyncmodels.policies.prices", None),
     "Quirks": ("asyncmodels.remote.quirks", None),
+    "RateLimit": ("asyncmodels.policies.rate_limit", None),
     "RedisStore": ("asyncmodels.policies.redis_store", "redis"),
     "Retry": ("asyncmodels.policies.retry", None),
     "RetryBudget": ("asyncmodels.policies.retry", None),

@@ -16,6 +16,7 @@ import pytest
 import asyncmodels
 
 NAMES = [
+    "Allowance",
     "AmazonBedrockModel",
     "AmazonBedrockServerModel",
     "AsyncModelsError",
@@ -84,7 +85,9 @@ NAMES = [
     "QueueFullError",
     "Quirks",
     "QuotaExceededError",
+    "RateLimit",
     "RateLimitError",
+    "RateLimits",
     "ReadTimeoutError",
     "RedisStore",
     "Regex",

@@ -42,6 +42,7 @@ from asyncmodels.model import Model
 from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.fallback import Fallback
+from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.policies.retry import Retry
 from asyncmodels.policies.route import Route
 from asyncmodels.policies.single_flight import SingleFlight
@@ -236,6 +237,7 @@ CASES = [
     Case("concurrency", chain(gate)),
     Case("retry-concurrency", chain(retry, gate)),
     Case("single-flight", chain(partial(SingleFlight, sampled=True))),
+    Case("rate-limit", chain(partial(RateLimit, requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000))),
     Case("cache", chain(partial(Cache, sampled=True))),
     Case("fallback", among_two(Fallback)),
     Case("route", among_two(partial(Route, by="latency", sticky="agent"))),

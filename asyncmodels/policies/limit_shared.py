@@ -1,0 +1,243 @@
+"""A rate limit that several processes share: what this one wants goes to the store together, whenever it has answered.
+
+However many callers wait, one exchange at a time is under way for each event loop: it takes along what was learned and
+given back, and asks for the next callers in line. A thread makes it, because stores block.
+"""
+
+from __future__ import annotations
+
+import os
+import random as _random
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from asyncmodels.clock import Clock
+from asyncmodels.errors import AsyncModelsError, ClosedError
+from asyncmodels.policies.limit_bucket import (
+    Amounts,
+    Answer,
+    Asked,
+    Bucket,
+    Grant,
+    Lesson,
+    Limits,
+    grants_of,
+    limits_that_hold,
+    serve,
+)
+from asyncmodels.policies.limit_gate import Gate
+from asyncmodels.policies.limit_line import LimitLine, Waiter, too_late
+from asyncmodels.policies.limit_store import LimitStore, LimitStoreError
+
+__all__ = ["OnStoreError", "SharedGate"]
+
+OnStoreError: TypeAlias = Literal["raise", "local"]
+
+_AT_ONCE = 64
+_MOST_BACKS = 1000
+_SHORTEST, _JITTER, _LONGEST = 0.004, 0.008, 1.0
+"""Seconds between two looks into the store: not every millisecond, not all processes at a time, and not so seldom that
+what others gave back is left lying."""
+_AWAY = 1.0
+"""Seconds after which a store that failed is tried again, where there is a bucket of one's own meanwhile."""
+
+
+@dataclass(slots=True)
+class _News:
+    """What the store said last, and when."""
+
+    answer: Answer
+    came: float
+
+
+class SharedGate(Gate["_SharedLine"]):
+    """A bucket in a store. With ``on_error="local"`` one of this process's own, with the whole limit, stands in while
+    the store is away."""
+
+    def __init__(
+        self,
+        given: Limits,
+        store: LimitStore,
+        clock: Clock,
+        *,
+        owns_store: bool,
+        on_error: OnStoreError,
+        random: Callable[[], float] = _random.random,
+    ) -> None:
+        super().__init__()
+        self.given = given
+        self.store = store
+        self.clock = clock
+        self.random = random
+        self.errors = 0
+        self.last_error: str | None = None
+        self.news: _News | None = None
+        self._owns_store = owns_store
+        self._own_bucket = Bucket(clock.time(), given) if on_error == "local" else None
+        self._away_until: float | None = None
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+        self._closed = False
+
+    def take(self, cost: Amounts) -> Grant | None:
+        return None
+
+    def settle(self, back: Amounts) -> None:
+        line = self.line()
+        if len(line.backs) < _MOST_BACKS:
+            line.backs.append(back)
+        line.serve()
+
+    def heed(self, lesson: Lesson) -> None:
+        line = self.line()
+        line.lessons.append(lesson)
+        del line.lessons[:-_AT_ONCE]
+        line.serve()
+
+    def limits(self) -> Limits:
+        return limits_that_hold(self.given, self.given if self.news is None else self.news.answer.learned)
+
+    def levels(self) -> Amounts:
+        return (0.0, 0.0, 0.0, 0.0) if self.news is None else self.news.answer.levels
+
+    def exchange(self, asked: Asked) -> Answer:
+        """Blocks. Raises LimitStoreError, unless there is a bucket of one's own."""
+        own, now = self._own_bucket, self.clock.time()
+        if own is None or self._away_until is None or now >= self._away_until:
+            try:
+                answer = self.store.exchange(asked)
+                self._away_until = None
+                return answer
+            except AsyncModelsError as error:
+                self._failed(error)
+                if own is None or not isinstance(error, LimitStoreError):
+                    raise
+            except Exception as error:
+                self._failed(error)
+                if own is None:
+                    raise LimitStoreError(
+                        f"The store of a shared limit, {self.store.place}, failed: {type(error).__name__}."
+                    ) from error
+            self._away_until = now + _AWAY
+        with self._lock:
+            return serve(own, now, asked)
+
+    def executor(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._closed:
+                raise ClosedError("This rate limit was closed.")
+            if self._executor is None or self._pid != os.getpid():
+                # In a forked process the thread is not there.
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="RateLimit")
+                self._pid = os.getpid()
+            return self._executor
+
+    async def aclose(self) -> None:
+        """Has what is still to be given back sent, and ends the thread."""
+        line = self.line()
+        if not self._closed and line.backs and not line.waiting:
+            await line.flush()
+        with self._lock:
+            self._closed = True
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            if self._owns_store:
+                executor.submit(self.store.close)
+            executor.shutdown(wait=False)
+
+    def _failed(self, error: Exception) -> None:
+        self.errors += 1
+        # Not the text: that of a foreign error may hold an address with a password.
+        self.last_error = str(error) if isinstance(error, AsyncModelsError) else type(error).__name__
+
+    def _new_line(self) -> _SharedLine:
+        return _SharedLine(self)
+
+
+class _SharedLine(LimitLine):
+    def __init__(self, gate: SharedGate) -> None:
+        super().__init__(gate.clock)
+        self.backs: list[Amounts] = []
+        self.lessons: list[Lesson] = []
+        self._gate = gate
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.backs or self.lessons)
+
+    async def work(self) -> None:
+        while self.has_work():
+            asking = self.next(_AT_ONCE)
+            try:
+                answer = await self._exchange([waiter.cost for waiter in asking])
+            except AsyncModelsError as error:
+                for waiter in asking:
+                    self.refuse(waiter, _own(error))
+                continue
+            except BaseException:
+                for waiter in asking:
+                    self._back_in_line(waiter)
+                raise
+            self._answered(asking, answer)
+            if self.waiting and answer.granted < len(asking):
+                gate = self._gate
+                seconds = max(_SHORTEST, min(answer.wait, _LONGEST)) + gate.random() * _JITTER
+                await self.clock.sleep(seconds)
+
+    async def flush(self) -> None:
+        try:
+            await self._exchange([])
+        except AsyncModelsError:
+            return  # it is counted, and worth a minute at most
+
+    async def _exchange(self, costs: Sequence[Amounts]) -> Answer:
+        gate = self._gate
+        backs, self.backs = self.backs, []
+        lessons, self.lessons = self.lessons, []
+        asked = Asked(gate.given, costs, backs, lessons)
+        answer = await self.loop.run_in_executor(gate.executor(), gate.exchange, asked)
+        gate.news = _News(answer, self.clock.time())
+        return answer
+
+    def _answered(self, asking: Sequence[Waiter], answer: Answer) -> None:
+        granted = grants_of(answer, [waiter.cost for waiter in asking])
+        for waiter, grant in zip(asking, granted, strict=False):
+            if waiter.gone:
+                self.backs.append(grant.cost)
+            else:
+                self.call(waiter, grant)
+        ahead = (0.0, 0.0, 0.0, 0.0)
+        now = self.clock.time()
+        for waiter in asking[len(granted) :]:
+            seconds = self.foreseen(ahead)
+            if waiter.deadline is not None and now + seconds >= waiter.deadline:
+                self.refuse(waiter, too_late(seconds, waiter.timeout or 0.0))
+            elif not waiter.gone:
+                self.put_back(waiter)
+                cost = waiter.cost
+                ahead = ahead[0] + cost[0], ahead[1] + cost[1], ahead[2] + cost[2], ahead[3] + cost[3]
+
+    def _back_in_line(self, waiter: Waiter) -> None:
+        if not waiter.gone:
+            self.put_back(waiter)
+
+    def foreseen(self, ahead: Amounts) -> float:
+        gate = self._gate
+        if gate.news is None:
+            return 0.0
+        answer, elapsed = gate.news.answer, self.clock.time() - gate.news.came
+        seconds = answer.wait
+        for limit, before, level in zip(gate.limits(), ahead, answer.levels, strict=True):
+            if limit is not None:
+                seconds = max(seconds, (before - level) * 60 / limit)
+        return max(0.0, seconds - elapsed)
+
+
+def _own(error: AsyncModelsError) -> AsyncModelsError:
+    """A new error for each who is told of it."""
+    twin = type(error)(str(error))
+    twin.__cause__ = error.__cause__ or error
+    return twin
