@@ -10,6 +10,7 @@ from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import (
     AttemptTimeoutError,
     CallTimeoutError,
+    CircuitOpenError,
     ConfigurationError,
     ConflictError,
     ContextLengthError,
@@ -18,6 +19,7 @@ from asyncmodels.errors import (
     InvalidRequestError,
     InvalidResponseError,
     RateLimitError,
+    RepeatedFailureError,
     ServerError,
     StreamError,
     TransportError,
@@ -43,10 +45,13 @@ ON: tuple[type[Exception], ...] = (
     AttemptTimeoutError,
     IdleTimeoutError,
     CallTimeoutError,
+    CircuitOpenError,
     EngineError,
+    RepeatedFailureError,
     UnsupportedError,
     ContextLengthError,
 )
+ABOUT_THE_REQUEST = (InvalidRequestError, RepeatedFailureError)
 
 
 class Fallback(Choosing[Target]):
@@ -57,7 +62,7 @@ class Fallback(Choosing[Target]):
 
     Next comes another model's turn after an error that it need not have: rate limits and overload that have outlasted
     the retries inside of a target, every 5xx, failed connections, timeouts (other than the call's own), answers that
-    are not what was promised, engines that are full or dead, and a parameter that a target does not support. Wrong keys
+    are not what was promised, open circuits, engines that are full or dead, and a parameter that a target does not support. Wrong keys
     and unknown models are for their owner to see: ``also=(AuthenticationError, NotFoundError)`` adds such types,
     ``on`` (types, or a function of the error) replaces the whole rule. Other invalid requests are refused at once, for
     they are wrong everywhere.
@@ -151,7 +156,7 @@ class Fallback(Choosing[Target]):
         return self._rule(error)
 
     def _blames(self, error: Exception) -> bool:
-        return self._cooldown is not None and not isinstance(error, InvalidRequestError) and self._rule(error)
+        return self._cooldown is not None and not isinstance(error, ABOUT_THE_REQUEST) and self._rule(error)
 
 
 def _rule(on: Errors | Callable[[Exception], bool] | None, also: Errors) -> Callable[[Exception], bool]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from asyncmodels.errors import AsyncModelsError, InvalidRequestError, UnsupportedError
+from asyncmodels.errors import AsyncModelsError, CircuitOpenError, InvalidRequestError, UnsupportedError
 from asyncmodels.policies.own_copy import own_error
 from asyncmodels.policies.targets import Target
 
@@ -12,7 +12,8 @@ __all__ = ["Trail"]
 
 
 class Trail:
-    """Targets with the errors that they have given, in their order, and how many attempts it took."""
+    """Targets with the errors that they have given, in their order; ``visits`` of them were sent the request, which took
+    ``attempts``."""
 
     def __init__(self) -> None:
         self.failures: list[tuple[Target, Exception]] = []
@@ -21,7 +22,7 @@ class Trail:
 
     def add(self, target: Target, error: Exception) -> None:
         self.failures.append((target, error))
-        if not isinstance(error, UnsupportedError):  # for nothing was sent then
+        if not isinstance(error, UnsupportedError | CircuitOpenError):  # for nothing was sent then
             self.visits += 1
             self.attempts += getattr(error, "attempts", 1)
 

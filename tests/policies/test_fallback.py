@@ -21,6 +21,7 @@ from asyncmodels.errors import (
     AttemptTimeoutError,
     AuthenticationError,
     CallTimeoutError,
+    CircuitOpenError,
     ClosedError,
     ConfigurationError,
     ConflictError,
@@ -38,6 +39,7 @@ from asyncmodels.errors import (
     QuotaExceededError,
     RateLimitError,
     ReadTimeoutError,
+    RepeatedFailureError,
     ServerError,
     ServerTimeoutError,
     StreamError,
@@ -133,8 +135,10 @@ ELSEWHERE = [
     AttemptTimeoutError("hung"),
     IdleTimeoutError("fell silent"),
     CallTimeoutError("that model's own"),
+    CircuitOpenError("down"),
     QueueFullError("full"),
     EngineDeadError("dead"),
+    RepeatedFailureError("again"),
     UnsupportedError("no tools"),
     ContextLengthError("too long"),
 ]
@@ -158,7 +162,7 @@ async def test_errors_that_another_need_not_have_go_on(error: AsyncModelsError, 
     response = await answer(fallback, ask(), streaming=streaming)
 
     assert (response.content, response.model) == ("Hello.", "second")
-    assert response.attempts == (1 if isinstance(error, UnsupportedError) else 2)
+    assert response.attempts == (1 if isinstance(error, UnsupportedError | CircuitOpenError) else 2)
     counts = fallback.statistics()
     assert (counts.calls, counts.moved_on, counts.failed) == (1, response.attempts - 1, 0)
     assert [(target.calls, target.errors) for target in counts.targets] == [(1, 1), (1, 0)]
@@ -469,9 +473,10 @@ async def test_without_a_cooldown_the_order_never_changes() -> None:
     assert len(first.requests) == 10
 
 
-async def test_requests_that_are_wrong_cool_nobody() -> None:
-    """A model is not avoided because a prompt was too long for it."""
-    fallback = Fallback(backend(ContextLengthError("long")), to=[backend("Hello.")], cooldown_after=1)
+@pytest.mark.parametrize("error", [ContextLengthError("long"), RepeatedFailureError("again", retry_after=9.0)])
+async def test_requests_that_are_wrong_cool_nobody(error: AsyncModelsError) -> None:
+    """A model is not avoided because one prompt was too long for it, or fails there each time."""
+    fallback = Fallback(backend(error), to=[backend("Hello.")], cooldown_after=1)
 
     for _ in range(3):
         await fallback.generate(ask())

@@ -19,6 +19,7 @@ from asyncmodels.errors import (
     AttemptTimeoutError,
     AuthenticationError,
     CallTimeoutError,
+    CircuitOpenError,
     ClosedError,
     ConfigurationError,
     ConnectError,
@@ -189,6 +190,15 @@ async def test_the_time_left_goes_along() -> None:
         await policy.generate(ask(timeout=5.0))
 
     assert backends[1].requests[0].timeout == 2.0
+
+
+async def test_an_open_circuit_costs_no_try() -> None:
+    """Where nothing was sent, because a Breaker said so, the call is still good for all its tries."""
+    backends = [*(backend(CircuitOpenError("down", retry_after=9.0)) for _ in range(3)), backend()]
+    policy = route(backends, by="cost", prices=[1, 2, 3, 4], tries=1, clock=FakeClock())
+
+    assert (await policy.generate(ask())).attempts == 1
+    assert [target.out_for for target in policy.statistics().targets] == [9, 9, 9, 0]
 
 
 # -- endpoints that are out -------------------------------------------------------------------------------------------
