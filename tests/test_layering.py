@@ -41,6 +41,7 @@ CORE: Mapping[str, set[str]] = {
     "request": {"errors", "formats", "messages", "tools", "types"},
     # the seam and the face
     "backend": {"errors", "recipe", "types"},
+    "answers": {"types"},
     "identity": {"backend", "types"},
     "deadline": {"errors"},
     "origin": {"backend"},
@@ -87,10 +88,10 @@ CORE: Mapping[str, set[str]] = {
 """What each module of the core imports when it is imported; "" is the package itself."""
 
 PACKAGES: Mapping[str, set[str]] = {
-    "policies": {"backend", "clock", "errors", "formats", "identity", "origin", "trace", "types"},
+    "policies": {"answers", "backend", "clock", "errors", "formats", "identity", "origin", "trace", "types"},
     "remote": {"", "backend", "clock", "errors", "messages", "model", "request", "stopping", "stream", "types"},
     "local": {"backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
-    "batch": {"backend", "clock", "errors", "messages", "model", "request", "types"},
+    "batch": {"answers", "backend", "clock", "errors", "identity", "messages", "model", "request", "types"},
 }
 """What every module of a package may import beside its own package; batch, server and integrations come later."""
 
@@ -131,8 +132,9 @@ PARTS: Mapping[str, set[str]] = {
         "policies.retry_budget",
         "policies.retry_schedule",
     },
-    "policies.breaker": {"policies.circuit", "policies.opened_stream"},
-    "policies.hedge": {"policies.hedged_stream", "policies.opened_stream", "policies.quantile", "policies.timer"},
+    "policies.breaker": {"policies.circuit"},
+    "policies.hedge": {"policies.opened_stream", "policies.quantile", "policies.race", "policies.shared_stream"},
+    "policies.race": {"policies.timer"},
     "policies.targets": {"attempt", "model", "policies.health", "policies.pace"},
     "policies.trail": {"policies.own_copy", "policies.targets"},
     "policies.choosing": {"policies.targets", "policies.trail", "recipe"},

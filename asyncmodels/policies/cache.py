@@ -12,12 +12,13 @@ from hashlib import sha256
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, get_args
 
+from asyncmodels.answers import decode, encode
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError
 from asyncmodels.identity import canonical, identities, is_sampled, question
 from asyncmodels.policies.cache_store import CacheStore, MemoryStore
-from asyncmodels.policies.cached_answer import Entry, decode, encode
+from asyncmodels.policies.cached_answer import Entry
 from asyncmodels.policies.disk_store import DiskStore
 from asyncmodels.policies.fingerprint import differences, distance, fingerprint, read
 from asyncmodels.types import Delta, FinishReason, Request, Response, ResponseBuilder
@@ -231,7 +232,7 @@ class Cache(Policy):
         try:
             entry = await self._store.get(asked.key)
             if entry is not None and not self._expired(entry):
-                response = decode(entry.answer)
+                response = decode(entry.answer, attempts=0, cached=True)
                 self._hits += 1
                 return response
         except (ConfigurationError, ClosedError):
