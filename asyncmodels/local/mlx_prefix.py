@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 __all__ = ["PrefixStore", "Tokens"]
 
@@ -116,9 +117,8 @@ def _common(one: Tokens, other: Tokens) -> int:
 def _trimmable(layer: Any) -> bool:
     """Whether tokens can be taken off the end of a layer's cache and leave what it held before them.
 
-    A window that has moved on has lost what was there before, although one in chunks says that it can be trimmed.
+    Of the others some say so of themselves and forget to do it, or have lost what was before the window that they hold.
     """
-    if hasattr(layer, "caches"):
+    if isinstance(layer, CacheList):
         return all(map(_trimmable, layer.caches))
-    return bool(layer.is_trimmable()) and not getattr(layer, "start_position", 0)
-
+    return isinstance(layer, KVCache | QuantizedKVCache | RotatingKVCache) and bool(layer.is_trimmable())

@@ -72,6 +72,8 @@ class SingleGenerator:
         for prompt, cache, tokens, sampler, processors in zip(
             prompts, caches, all_tokens, samplers, logits_processors, strict=True
         ):
+            if not prompt:
+                raise ValueError("The prompt is empty.")
             if cache is None:
                 cache = make_prompt_cache(self._model)
             self._rows.append(_Row(self._count, list(prompt), tokens, cache, sampler, processors))

@@ -1,0 +1,83 @@
+"""Models that are built in code in a moment, as folders that mlx_lm loads."""
+
+from __future__ import annotations
+
+import atexit
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.utils import save_model
+
+from tests.local.tiny import CONTEXT, build_tokenizer
+
+__all__ = ["UNBATCHABLE", "build_tiny_model", "tiny_mlx_folder"]
+
+UNBATCHABLE = '''
+from mlx_lm.models import llama
+from mlx_lm.models.cache import {cache}
+
+ModelArgs = llama.ModelArgs
+
+
+class Cache({cache}):
+    @property
+    def merge(self):
+        raise AttributeError("merge")
+
+
+class Model(llama.Model):
+    def make_cache(self):
+        return [Cache({arguments}) for _ in self.layers]
+'''
+"""A Llama whose caches cannot be merged into one, as the module of a checkpoint."""
+
+
+def build_tiny_model(folder: Path, *, code: str | None = None, **changes: Any) -> Path:
+    """Writes a random Llama of two layers. Its logits are far apart, so that greedy decoding is stable.
+
+    ``code`` is its module, which mlx_lm runs instead of its own.
+    """
+    tokenizer = build_tokenizer()
+    config: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": CONTEXT,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+        **changes,
+    }
+    model = Model(ModelArgs.from_dict(config))
+    key = mx.random.key(0)
+    weights = []
+    for name, array in tree_flatten(model.parameters()):
+        key, own = mx.random.split(key)
+        weights.append((name, array if array.ndim == 1 else 0.5 * mx.random.normal(array.shape, key=own)))
+    model.update(tree_unflatten(weights))
+    folder.mkdir(exist_ok=True)
+    save_model(folder, model)
+    if code is not None:
+        config["model_file"] = "own.py"
+        (folder / "own.py").write_text(code)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@cache
+def tiny_mlx_folder() -> Path:
+    """One such folder for the whole run, where a fixture cannot be asked for."""
+    folder = TemporaryDirectory(prefix="tiny-mlx-")
+    atexit.register(folder.cleanup)
+    return build_tiny_model(Path(folder.name))
