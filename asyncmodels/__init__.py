@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from asyncmodels.explanation import Explanation, explain
+    from asyncmodels.local.mlx import MLXModel
     from asyncmodels.local.smollm import SmolLMModel
     from asyncmodels.local.transformers import TransformersModel
     from asyncmodels.model import Model, Statistics
@@ -166,6 +167,7 @@ __all__ = [
     "JournalError",
     "LiteLLMModel",
     "LiteLLMRouterModel",
+    "MLXModel",
     "MemoryStore",
     "Message",
     "MissingExtraError",
@@ -257,6 +259,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Item": ("asyncmodels.batch.item", None),
     "LiteLLMModel": ("asyncmodels.remote.litellm", "litellm"),
     "LiteLLMRouterModel": ("asyncmodels.remote.litellm", "litellm"),
+    "MLXModel": ("asyncmodels.local.mlx", "mlx"),
     "MemoryStore": ("asyncmodels.policies.cache_store", None),
     "Model": ("asyncmodels.model", None),
     "OpenAIModel": ("asyncmodels.remote.openai", "openai"),

@@ -81,6 +81,12 @@ _TABLE = (
         "transformers",
         "a model folder or Hugging Face id, on the engine in this process",
     ),
+    Scheme(
+        "mlx",
+        "asyncmodels.local.mlx:MLXModel",
+        "mlx",
+        "a model folder or Hugging Face id, on MLX: a Mac's GPU, CUDA, or Linux' CPU",
+    ),
     Scheme("smollm", "asyncmodels.local.smollm:SmolLMModel", "smollm", "the embedded SmolLM2-135M-Instruct", False),
     *(
         Scheme(name, "asyncmodels.remote.openai:OpenAIModel", "openai", description, params={"provider": name})

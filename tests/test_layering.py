@@ -203,7 +203,7 @@ TYPING: Mapping[str, set[str]] = {
 }
 """What a module imports beyond its row above, in functions and for checkers."""
 
-RUNTIMES = {"accelerate", "gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
+RUNTIMES = {"accelerate", "gguf", "mlx", "mlx_lm", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 FOREIGN: Mapping[str, set[str]] = {
     "callable": {"anyio"},
     "policies.limit_redis": {"redis"},

@@ -66,6 +66,7 @@ NAMES = [
     "JournalError",
     "LiteLLMModel",
     "LiteLLMRouterModel",
+    "MLXModel",
     "MemoryStore",
     "Message",
     "MissingExtraError",
@@ -141,8 +142,21 @@ MODULES = [
     if not module.name.endswith("__main__")
 ]
 ON_TORCH = {
-    f"asyncmodels.local.{name}" for name in ("kv", "sampling", "smollm_convert", "transformers_runner", "weights")
+    f"asyncmodels.local.{name}"
+    for name in (
+        "kv",
+        "mlx_prefix",
+        "mlx_runner",
+        "mlx_sampling",
+        "mlx_single",
+        "mlx_weights",
+        "sampling",
+        "smollm_convert",
+        "transformers_runner",
+        "weights",
+    )
 }
+"""Or on MLX: modules that take seconds to import."""
 
 
 def test_the_names_are_these() -> None:

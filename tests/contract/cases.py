@@ -208,6 +208,13 @@ def tiny_llama(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     )
 
 
+def tiny_mlx(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.local.mlx import MLXModel
+    from tests.local.on_mlx.tiny_mlx import tiny_mlx_folder
+
+    return MLXModel(str(tiny_mlx_folder()))
+
+
 def litellm_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from asyncmodels.remote.litellm import LiteLLMModel
 
@@ -251,4 +258,5 @@ CASES = [
     Case("litellm", litellm_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
+    Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
 ]
