@@ -9,7 +9,7 @@ from types import TracebackType
 from asyncmodels.backend import Backend
 from asyncmodels.types import Delta, Request
 
-__all__ = ["OpenedStream", "open_stream"]
+__all__ = ["FirstAndRest", "OpenedStream", "open_stream"]
 
 
 class OpenedStream:
@@ -29,7 +29,7 @@ class OpenedStream:
 
     def deltas(self) -> AsyncIterator[Delta]:
         """All of them, the first included; to be asked for once."""
-        return _Deltas(self.first, self._rest)
+        return FirstAndRest(self.first, self._rest)
 
     async def close(
         self,
@@ -52,7 +52,7 @@ async def open_stream(backend: Backend, request: Request) -> OpenedStream:
     return OpenedStream(first, rest, inner)
 
 
-class _Deltas(AsyncIterator[Delta]):
+class FirstAndRest(AsyncIterator[Delta]):
     """The first delta, which is here already, and then the rest, handed through without a frame of our own."""
 
     __slots__ = ("_first", "_next")
