@@ -96,7 +96,7 @@ def _settings(link: Backend) -> str:
         if name in UNSHOWN or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             continue
         value = given.get(name, parameter.default)
-        if name == "self" or value is parameter.empty or value is None:
+        if name == "self" or value is parameter.empty or value is None or isinstance(value, Backend):
             continue
         secret = isinstance(value, str) and any(word in name.lower() for word in SECRETS)
         text = f"{name}={'***' if secret else _shown(value)}"

@@ -60,12 +60,12 @@ class Fallback(Choosing[Target]):
         Model(first, partial(Fallback, to=[second, third]))
         FallbackModel(first, second, third)                  # the same, as one model
 
-    Next comes another model's turn after an error that it need not have: rate limits and overload that have outlasted
-    the retries inside of a target, every 5xx, failed connections, timeouts (other than the call's own), answers that
-    are not what was promised, open circuits, engines that are full or dead, and a parameter that a target does not support. Wrong keys
-    and unknown models are for their owner to see: ``also=(AuthenticationError, NotFoundError)`` adds such types,
-    ``on`` (types, or a function of the error) replaces the whole rule. Other invalid requests are refused at once, for
-    they are wrong everywhere.
+    It is the next one's turn after an error that it need not have: rate limits and overload that have outlasted the
+    retries inside of a target, every 5xx, failed connections, timeouts (other than the call's own), answers that are
+    not what was promised, open circuits, engines that are full or dead, a request that fails there each time, and a
+    parameter that a target does not support. Wrong keys and unknown models are for their owner to see:
+    ``also=(AuthenticationError, NotFoundError)`` adds such types, ``on`` (types, or a function of the error) replaces
+    the whole rule. Other invalid requests are refused at once, for they are wrong everywhere.
 
     A prompt that is too long goes on to models that are longer, as far as ``context_lengths`` (in tokens, one for each
     model, None where it is not known) and the error tell.

@@ -12,7 +12,7 @@ __all__ = ["Trail"]
 
 
 class Trail:
-    """Targets with the errors that they have given, in their order; ``visits`` of them were sent the request, which took
+    """Targets with the errors that they have given, in their order; ``visits`` of them were sent the request, and made
     ``attempts``."""
 
     def __init__(self) -> None:
