@@ -96,7 +96,7 @@ def _settings(link: Backend) -> str:
         if name in UNSHOWN or parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             continue
         value = given.get(name, parameter.default)
-        if name == "self" or value is parameter.empty or value is None or isinstance(value, Backend):
+        if name == "self" or value is parameter.empty or isinstance(value, Backend) or _is_nothing(value):
             continue
         secret = isinstance(value, str) and any(word in name.lower() for word in SECRETS)
         text = f"{name}={'***' if secret else _shown(value)}"
@@ -106,10 +106,15 @@ def _settings(link: Backend) -> str:
     return ", ".join(said)
 
 
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, str | tuple | list | Mapping) and not value)
+
+
 def _identity(backend: Backend) -> str:
     """What a backend says of itself; that holds no secret."""
-    said = backend.identity() if isinstance(backend, Identified) else None
-    return ", ".join(f"{name}={_shown(value)}" for name, value in (said or {}).items())
+    said = (backend.identity() if isinstance(backend, Identified) else None) or {}
+    # What is long there is written for caches, not for readers.
+    return ", ".join(f"{name}={_shown(value)}" for name, value in said.items() if len(str(value)) <= LONGEST)
 
 
 def _shown(value: Any) -> str:
