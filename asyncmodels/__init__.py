@@ -68,20 +68,24 @@ if TYPE_CHECKING:
     from asyncmodels.local.mlx import MLXModel
     from asyncmodels.local.smollm import SmolLMModel
     from asyncmodels.local.transformers import TransformersModel
+    from asyncmodels.local.vllm import VLLMModel
     from asyncmodels.model import Model, Statistics
+    from asyncmodels.policies.breaker import Breaker
     from asyncmodels.policies.budget import Budget
     from asyncmodels.policies.cache import Cache
     from asyncmodels.policies.cache_store import CacheStore, MemoryStore
     from asyncmodels.policies.concurrency import Concurrency
     from asyncmodels.policies.disk_store import DiskStore
     from asyncmodels.policies.fallback import Fallback
+    from asyncmodels.policies.hedge import Hedge
     from asyncmodels.policies.prices import Price
     from asyncmodels.policies.rate_limit import RateLimit
     from asyncmodels.policies.redis_store import RedisStore
-    from asyncmodels.policies.retry import Retry, RetryBudget
+    from asyncmodels.policies.retry import Reask, Retry, RetryBudget
     from asyncmodels.policies.route import Route
     from asyncmodels.policies.single_flight import SingleFlight
     from asyncmodels.policies.spending import Spending, SpendingLimit
+    from asyncmodels.policies.telemetry import Telemetry
     from asyncmodels.registry import load, schemes
     from asyncmodels.remote.azure import AzureOpenAIModel, AzureOpenAIServerModel
     from asyncmodels.remote.bedrock import AmazonBedrockModel, AmazonBedrockServerModel, BedrockModel
@@ -127,6 +131,7 @@ __all__ = [
     "AzureOpenAIServerModel",
     "Backend",
     "BedrockModel",
+    "Breaker",
     "Budget",
     "BudgetExceededError",
     "Cache",
@@ -156,6 +161,7 @@ __all__ = [
     "Explanation",
     "Fallback",
     "FallbackModel",
+    "Hedge",
     "HfApiModel",
     "IdleTimeoutError",
     "ImagePart",
@@ -191,6 +197,7 @@ __all__ = [
     "RateLimitError",
     "RateLimits",
     "ReadTimeoutError",
+    "Reask",
     "RedisStore",
     "Regex",
     "RepeatedFailureError",
@@ -218,6 +225,7 @@ __all__ = [
     "SyncModel",
     "SyncStream",
     "TLSError",
+    "Telemetry",
     "TextPart",
     "Timing",
     "TokenLogprob",
@@ -230,6 +238,7 @@ __all__ = [
     "UnknownSchemeError",
     "UnsupportedError",
     "Usage",
+    "VLLMModel",
     "compose",
     "explain",
     "load",
@@ -245,6 +254,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "AzureOpenAIModel": ("asyncmodels.remote.azure", "openai"),
     "AzureOpenAIServerModel": ("asyncmodels.remote.azure", "openai"),
     "BedrockModel": ("asyncmodels.remote.bedrock", "bedrock"),
+    "Breaker": ("asyncmodels.policies.breaker", None),
     "Budget": ("asyncmodels.policies.budget", None),
     "Cache": ("asyncmodels.policies.cache", None),
     "CacheStore": ("asyncmodels.policies.cache_store", None),
@@ -254,6 +264,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Explanation": ("asyncmodels.explanation", None),
     "Fallback": ("asyncmodels.policies.fallback", None),
     "FallbackModel": ("asyncmodels.several", None),
+    "Hedge": ("asyncmodels.policies.hedge", None),
     "HfApiModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "InferenceClientModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "Item": ("asyncmodels.batch.item", None),
@@ -268,6 +279,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Price": ("asyncmodels.policies.prices", None),
     "Quirks": ("asyncmodels.remote.quirks", None),
     "RateLimit": ("asyncmodels.policies.rate_limit", None),
+    "Reask": ("asyncmodels.policies.reask", None),
     "RedisStore": ("asyncmodels.policies.redis_store", "redis"),
     "Retry": ("asyncmodels.policies.retry", None),
     "RetryBudget": ("asyncmodels.policies.retry", None),
@@ -283,7 +295,9 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Stream": ("asyncmodels.stream", None),
     "SyncModel": ("asyncmodels.sync", None),
     "SyncStream": ("asyncmodels.sync", None),
+    "Telemetry": ("asyncmodels.policies.telemetry", None),
     "TransformersModel": ("asyncmodels.local.transformers", "transformers"),
+    "VLLMModel": ("asyncmodels.local.vllm", "vllm"),
     "explain": ("asyncmodels.explanation", None),
 }
 _MODULES = ("types", "errors", "backend", "registry")

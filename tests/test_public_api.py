@@ -26,6 +26,7 @@ NAMES = [
     "AzureOpenAIServerModel",
     "Backend",
     "BedrockModel",
+    "Breaker",
     "Budget",
     "BudgetExceededError",
     "Cache",
@@ -55,6 +56,7 @@ NAMES = [
     "Explanation",
     "Fallback",
     "FallbackModel",
+    "Hedge",
     "HfApiModel",
     "IdleTimeoutError",
     "ImagePart",
@@ -90,6 +92,7 @@ NAMES = [
     "RateLimitError",
     "RateLimits",
     "ReadTimeoutError",
+    "Reask",
     "RedisStore",
     "Regex",
     "RepeatedFailureError",
@@ -117,6 +120,7 @@ NAMES = [
     "SyncModel",
     "SyncStream",
     "TLSError",
+    "Telemetry",
     "TextPart",
     "Timing",
     "TokenLogprob",
@@ -129,6 +133,7 @@ NAMES = [
     "UnknownSchemeError",
     "UnsupportedError",
     "Usage",
+    "VLLMModel",
     "compose",
     "explain",
     "load",
@@ -153,10 +158,14 @@ ON_TORCH = {
         "sampling",
         "smollm_convert",
         "transformers_runner",
+        "vllm_arguments",
+        "vllm_runner",
+        "vllm_sampling",
+        "vllm_statistics",
         "weights",
     )
 }
-"""Or on MLX: modules that take seconds to import."""
+"""Or on MLX or vLLM: modules that take seconds to import."""
 
 
 def test_the_names_are_these() -> None:

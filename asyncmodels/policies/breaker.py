@@ -106,6 +106,7 @@ class Breaker(Policy):
 
     @property
     def state(self) -> CircuitState:
+        """Whether calls go through just now: ``"closed"`` they do, ``"open"`` they do not, ``"half-open"`` a few do."""
         return self._circuit.state(self._clock.time())
 
     async def generate(self, request: Request, /) -> Response:

@@ -39,15 +39,18 @@ from asyncmodels.backend import Backend, Capabilities, compose
 from asyncmodels.callable import CallableModel
 from asyncmodels.errors import ServerError
 from asyncmodels.model import Model
+from asyncmodels.policies.breaker import Breaker
 from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.fallback import Fallback
+from asyncmodels.policies.hedge import Hedge
 from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.policies.retry import Retry
 from asyncmodels.policies.route import Route
 from asyncmodels.policies.single_flight import SingleFlight
 from asyncmodels.testing import Delay, Reply, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request
+from tests.local.on_vllm.marks import VLLM
 from tests.remote.litellm_noise import NOISE as LITELLM_NOISE
 from tests.server.script import Answer
 
@@ -215,6 +218,12 @@ def tiny_mlx(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     return MLXModel(str(tiny_mlx_folder()))
 
 
+def tiny_vllm(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from tests.local.on_vllm.kept import kept_model
+
+    return kept_model()
+
+
 def litellm_at(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from asyncmodels.remote.litellm import LiteLLMModel
 
@@ -237,12 +246,17 @@ def ask_greedily(_: Behaviour, text: str) -> Request:
 
 retry = partial(Retry, attempts=2, wait_initial=0, wait_max=0)
 gate = partial(Concurrency, limit=4)
+breaker = partial(Breaker, failures=1000)
+hedge = partial(Hedge, after=0.0, max_extra=1.0)
 
 CASES = [
     Case("scripted", chain()),
     Case("retry", chain(retry)),
     Case("concurrency", chain(gate)),
     Case("retry-concurrency", chain(retry, gate)),
+    Case("breaker", chain(breaker)),
+    Case("hedge", chain(hedge)),
+    Case("hedge-retry-breaker", chain(hedge, retry, breaker)),
     Case("single-flight", chain(partial(SingleFlight, sampled=True))),
     Case("rate-limit", chain(partial(RateLimit, requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000))),
     Case("cache", chain(partial(Cache, sampled=True))),
@@ -259,4 +273,5 @@ CASES = [
     Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
     Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
+    Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=VLLM),
 ]
