@@ -21,15 +21,15 @@ class Origin:
     port: int | None = None
     local: bool = False
     """The model runs inside of this program."""
+    complete: bool = True
+    """False for a backend that finds out at its first request where its model is: ask again after that."""
 
 
 def origin_of(backend: Backend) -> Origin:
-    """What the innermost link of ``backend`` says of itself, by ``identity()``, ``model_id`` and ``provider``.
-
-    Ask again where there is no ``url`` yet: some backends find out at their first request where their model is.
-    """
+    """What the innermost link of ``backend`` says of itself, by ``identity()``, ``model_id`` and ``provider``."""
     *_, last = links(backend)
-    said = (last.identity() if isinstance(last, Identified) else None) or {}
+    identity = last.identity() if isinstance(last, Identified) else {}
+    said = identity or {}
     model = _text(said.get("model")) or _text(getattr(last, "model_id", None))
     url = _text(said.get("endpoint"))
     provider = _text(getattr(last, "provider", None))
@@ -40,7 +40,15 @@ def origin_of(backend: Backend) -> Origin:
         provider = provider or _BY_MODULE.get(cls.__module__)
     if local and provider is None:
         provider = type(last).__module__.removeprefix(_LOCAL)
-    return Origin(model=model, provider=provider or _provider_at(host), url=url, host=host, port=port, local=local)
+    return Origin(
+        model=model,
+        provider=provider or _provider_at(host),
+        url=url,
+        host=host,
+        port=port,
+        local=local,
+        complete=identity is not None,
+    )
 
 
 _LOCAL = "asyncmodels.local."

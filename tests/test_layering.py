@@ -114,7 +114,7 @@ PARTS: Mapping[str, set[str]] = {
     "policies.budget_ledger": {"policies.prices"},
     "policies.spending": {"policies.budget_ledger", "policies.prices"},
     "policies.budget": {"policies.budget_ledger", "policies.prices", "policies.spending", "policies.worst_case"},
-    "policies.telemetry_log": {"policies.telemetry_call", "policies.telemetry_events"},
+    "policies.telemetry_log": {"policies.telemetry_call"},
     "policies.telemetry_hook": {"policies.telemetry_call", "policies.telemetry_events"},
     "policies.telemetry_spans": {"policies.telemetry_call", "policies.telemetry_prompts"},
     "policies.telemetry": {
@@ -225,6 +225,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "remote.litellm_wire": {"aiohttp"},
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
     "local.grammar": {"llguidance"},
+    **{f"local.vllm_{part}": {"vllm"} for part in ("arguments", "runner", "sampling", "statistics")},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
 }
 """Packages of others, imported at the top of the leaf that owns them."""
@@ -232,6 +233,7 @@ FOREIGN_LAZY: Mapping[str, set[str]] = {
     "formats": {"jsonschema", "pydantic", "referencing"},
     "images": {"PIL"},
     "policies.prices": {"genai_prices"},
+    "policies.telemetry": {"opentelemetry"},
     "tools": {"griffe", "pydantic"},
 }
 """Those that cost more than the module that needs them, and that most programs never need."""

@@ -169,7 +169,7 @@ class Budget(Policy):
     async def look_up(self, stand: Stand) -> None:
         """Finds out what tokens cost now: None where nobody knows and no money is limited."""
         origin = self._origin
-        if origin.url is None:
+        if not origin.complete:
             origin = origin_of(self.backend)
             if origin.model != self._origin.model:
                 self._stands.clear()

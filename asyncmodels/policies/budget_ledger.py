@@ -193,8 +193,8 @@ class _Ledger:
 
     Whoever does not fit waits in the line of the first account that is too tight for him. Only what is settled in that
     account can let him in, so only its line is looked at then: in order, until one still does not fit. A newcomer waits
-    behind whoever waits in any of his accounts. As long as anybody waits something is reserved in that account, so
-    somebody will come by.
+    behind whoever waits in any of his accounts and is no less urgent. As long as anybody waits something is reserved in
+    that account, so somebody will come by.
     """
 
     def __init__(self) -> None:
@@ -205,7 +205,9 @@ class _Ledger:
     def reserve(self, stand: Stand, money: int, tokens: int, *, priority: int, wait: bool) -> Reservation | Waiter:
         with self.lock:
             for account in stand.accounts:
-                if (account.line and account.concerns(money, tokens)) or not account.fits(money, tokens):
+                if account.line and account.line[0][0][0] <= -priority and account.concerns(money, tokens):
+                    break
+                if not account.fits(money, tokens):
                     break
             else:
                 return self._set_aside(stand, money, tokens)
