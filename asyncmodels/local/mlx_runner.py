@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import secrets
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -121,8 +122,13 @@ class MLXRunner(Runner):
 
     def close(self) -> None:
         self._forget()
-        self._weights = None
-        gc.collect()  # here, on the thread to which the arrays belong
+        if self._weights is not None:
+            model = weakref.ref(self._weights.model)
+            self._weights = None
+            if model() is not None:
+                # Exceptions that an import has kept can hold it. The arrays must go here, on the thread that they
+                # belong to; only then, because collecting stops every event loop of the process.
+                gc.collect()
         mx.clear_cache()
 
     def _forget(self) -> None:
