@@ -157,10 +157,9 @@ class Sticky:
 
 
 def cost(price: Price | None, request: Request) -> float:
-    """What ``request`` costs there; what has no price is taken after everything that has one."""
-    if price is None:
-        return math.inf
-    return price(request) if callable(price) else price
+    """What ``request`` costs there; what has no price, or none that is a number, is taken after everything else."""
+    value = math.inf if price is None else price(request) if callable(price) else price
+    return math.inf if math.isnan(value) else value
 
 
 def _divisor(weight: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from asyncmodels.attempt import Attempt
 from asyncmodels.backend import Backend, Branching, Capabilities, Statistical, links
 from asyncmodels.clock import Clock
-from asyncmodels.errors import ConfigurationError
+from asyncmodels.errors import AsyncModelsError, ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.policies.health import Health, State
 from asyncmodels.policies.pace import Mean, Peak, size_of
@@ -51,9 +51,7 @@ class Target:
     ) -> None:
         self.backend = bounded(backend)
         self.name = name
-        self.model_id = next(
-            (it for link in links(backend) if isinstance(it := getattr(link, "model_id", 0), str)), None
-        )
+        self.model_id = _model_id(backend)
         self.health = health
         self.clock = clock
         self.blames = blames
@@ -123,7 +121,7 @@ class Visit:
         target = self.target
         target.errors += 1
         if blame and target.blames(error):
-            target.health.failed(getattr(error, "retry_after", None))
+            target.health.failed(error.retry_after if isinstance(error, AsyncModelsError) else None)
 
     def leave(self) -> None:
         """The call is over; leaving twice is allowed."""
@@ -163,9 +161,7 @@ def named(owner: str, backends: Sequence[Backend], names: Sequence[str] | None, 
         if not isinstance(backend, Backend):
             raise ConfigurationError(f"{owner} chooses among models, not a {type(backend).__name__}.")
         if name is None:
-            chain = list(links(backend))
-            known = (it for link in chain if isinstance(it := getattr(link, "model_id", 0), str))
-            name = plain = next(known, type(chain[-1]).__name__)
+            name = plain = _model_id(backend) or type(list(links(backend))[-1]).__name__
             number = 2
             while name in found:
                 name, number = f"{plain} {number}", number + 1
@@ -190,13 +186,19 @@ def _either(one: bool | frozenset[Any], other: bool | frozenset[Any]) -> bool | 
     return one is True or other is True or one or other
 
 
+def _model_id(backend: Backend) -> str | None:
+    ids = (getattr(link, "model_id", None) for link in links(backend))
+    return next((model_id for model_id in ids if isinstance(model_id, str)), None)
+
+
 def _counts(backend: Backend) -> dict[str, Any]:
+    """What the links of a chain count, named as in ``Model.statistics``."""
     counts: dict[str, Any] = {}
     for link in links(backend):
         if isinstance(link, Statistical):
-            counts[f"{type(link).__name__}{f' {len(counts) + 1}' if type(link).__name__ in counts else ''}"] = (
-                link.statistics()
-            )
+            name = type(link).__name__
+            same = sum(key.partition(" ")[0] == name for key in counts)
+            counts[f"{name} {same + 1}" if same else name] = link.statistics()
         if isinstance(link, Model):
             break  # it answers for what is inside of it
     return counts

@@ -24,7 +24,7 @@ class Trail:
         self.failures.append((target, error))
         if not isinstance(error, UnsupportedError | CircuitOpenError):  # for nothing was sent then
             self.visits += 1
-            self.attempts += getattr(error, "attempts", 1)
+            self.attempts += error.attempts if isinstance(error, AsyncModelsError) else 1
 
     def __contains__(self, target: Target) -> bool:
         return any(failed is target for failed, _ in self.failures)

@@ -202,6 +202,21 @@ async def test_on_replaces_the_rule(on: Any) -> None:
         await fallback.generate(ask())
 
 
+async def test_an_error_of_others_can_go_on_too() -> None:
+    """A rule may name errors that are not ours; they count as one attempt, and are told about like all."""
+
+    class ForeignError(Exception):
+        attempts = retry_after = "many"
+
+    fallback = Fallback(
+        backend(ForeignError("odd")), to=[backend(ForeignError("odder"))], on=ForeignError, names=["a", "b"]
+    )
+
+    with pytest.raises(ForeignError, match="odder") as caught:
+        await fallback.generate(ask())
+    assert caught.value.__notes__ == ["a was asked, too: ForeignError: odd"]
+
+
 async def test_a_model_is_asked_with_its_whole_chain_and_its_defaults() -> None:
     """A Model among the targets retries by itself first, and fills in what the request leaves open."""
     first, second = backend(RateLimitError("429")), backend("Hello.")

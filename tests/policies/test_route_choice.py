@@ -142,6 +142,17 @@ async def test_the_cheapest_gets_everything() -> None:
     assert 30 < places[0].calls < 70
 
 
+async def test_a_price_that_is_no_number_comes_last() -> None:
+    """A function that does not know its price for a request does not break the comparison."""
+    clock = FakeClock()
+    places = [Place(clock, lambda: 0.0) for _ in range(2)]
+    await made(places, clock, by="cost", prices=[lambda request: math.nan, 9.0]).generate(ask())
+    assert [place.calls for place in places] == [0, 1]
+
+    await made(places, clock, by="cost", prices=[lambda request: math.nan, lambda request: math.nan]).generate(ask())
+    assert sum(place.calls for place in places) == 2
+
+
 # -- by latency -------------------------------------------------------------------------------------------------------
 
 
