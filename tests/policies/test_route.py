@@ -410,6 +410,26 @@ async def test_a_cancel_leaves_nothing_behind(streaming: bool, turns: int) -> No
     assert policy.statistics().targets[1].errors == 0
 
 
+@both_ways
+async def test_a_call_that_is_dropped_midway_leaves_nothing_behind(streaming: bool) -> None:
+    """What the garbage collector closes, because its event loop is gone, neither stays inside nor keeps on trying."""
+    clock = FakeClock()
+    backends = [ScriptedBackend(ServerError("500"), Delay(math.inf), "never", "Back.", clock=clock), backend()]
+    policy = route(backends, by="cost", prices=[1, 2], names=["a", "b"], out_after=1, clock=clock)
+    await policy.generate(ask())
+    await clock.advance(1)
+    call = answer(policy, ask(), streaming=streaming)
+    call.send(None)
+    assert inside(policy) == [1, 0]
+    assert not policy._targets[0].health.admits()
+
+    call.close()
+
+    assert inside(policy) == [0, 0]
+    assert str(await policy.generate(ask())) == "Back."
+    assert await policy.remove("a") is backends[0]
+
+
 def test_several_loops_and_threads_use_one_while_it_changes() -> None:
     """Calls of many threads end and are counted while endpoints come and go in another."""
     backends = [backend(model=str(n)) for n in range(4)]
