@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
@@ -44,6 +45,11 @@ __all__ = [
     "Telemetry",
     "TelemetryStatistics",
 ]
+
+
+LOOK_EVERY = 0.1
+"""Seconds from one look at whether the program has configured OpenTelemetry to the next, which costs as much as all
+else that is done for a call nobody listens to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +102,7 @@ class Telemetry(Policy):
             self._always = (*self._always, _spans(tracer_provider, meter_provider, prompts=prompts))
         self._quiet = Watchers(self._always, self._logger)
         self._loud = Watchers((*self._always, self._log), self._logger)
+        self._next_look = -math.inf
         self._origin: Origin | None = None
         self._told = 0
 
@@ -130,7 +137,10 @@ class Telemetry(Policy):
 
     def _listeners(self) -> Watchers | None:
         if self._looks_for_spans and "opentelemetry.trace" in sys.modules:
-            self._look_for_spans()
+            now = self._clock.time()
+            if now >= self._next_look:
+                self._next_look = now + LOOK_EVERY
+                self._look_for_spans()
         if self._log.listens:
             return self._loud
         return self._quiet if self._always else None

@@ -15,6 +15,7 @@ from asyncmodels.policies.telemetry_events import (
     Event,
     FirstDelta,
 )
+from asyncmodels.types import make
 
 __all__ = ["Hook"]
 
@@ -28,16 +29,18 @@ class Hook(Watcher):
 
     def started(self, call: Call) -> None:
         request = call.request if self._prompts else None
-        self._on_event(CallStarted(**_who(call), streaming=call.streaming, request=request))
+        self._on_event(make(CallStarted, **_who(call), streaming=call.streaming, request=request))
 
     def attempt_started(self, call: Call, attempt: Attempt) -> None:
-        self._on_event(AttemptStarted(**_who(call), attempt=attempt.number))
+        self._on_event(make(AttemptStarted, **_who(call), attempt=attempt.number))
 
     def attempt_ended(self, call: Call, attempt: Attempt) -> None:
-        self._on_event(AttemptEnded(**_who(call), attempt=attempt.number, seconds=attempt.seconds, error=attempt.error))
+        self._on_event(
+            make(AttemptEnded, **_who(call), attempt=attempt.number, seconds=attempt.seconds, error=attempt.error)
+        )
 
     def first_delta(self, call: Call) -> None:
-        self._on_event(FirstDelta(**_who(call), seconds=call.first_delta or 0.0))
+        self._on_event(make(FirstDelta, **_who(call), seconds=call.first_delta or 0.0))
 
     def ended(self, call: Call) -> None:
         sums = {
@@ -50,10 +53,11 @@ class Hook(Watcher):
             "usage": call.usage,
         }
         if call.error is not None:
-            self._on_event(CallFailed(**sums, error=call.error))
+            self._on_event(make(CallFailed, **sums, error=call.error))
             return
         self._on_event(
-            CallFinished(
+            make(
+                CallFinished,
                 **sums,
                 finish_reason=call.finish_reason,
                 response_model=call.response_model,

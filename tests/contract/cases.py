@@ -40,14 +40,18 @@ from asyncmodels.callable import CallableModel
 from asyncmodels.errors import ServerError
 from asyncmodels.model import Model
 from asyncmodels.policies.breaker import Breaker
+from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.fallback import Fallback
 from asyncmodels.policies.hedge import Hedge
+from asyncmodels.policies.prices import Price
 from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.policies.retry import Retry
 from asyncmodels.policies.route import Route
 from asyncmodels.policies.single_flight import SingleFlight
+from asyncmodels.policies.spending import Spending
+from asyncmodels.policies.telemetry import Telemetry
 from asyncmodels.testing import Delay, Reply, ScriptedBackend
 from asyncmodels.types import Delta, Message, Request
 from tests.local.on_vllm.marks import VLLM
@@ -218,9 +222,11 @@ def tiny_mlx(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     return MLXModel(str(tiny_mlx_folder()))
 
 
-def tiny_vllm(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
+def tiny_vllm(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from tests.local.on_vllm.kept import kept_model
 
+    # Every test has a model, an engine and an owner thread of its own; vLLM's processes, half a minute to start, last.
+    fixture("kept_vllm")
     return kept_model()
 
 
@@ -246,6 +252,9 @@ def ask_greedily(_: Behaviour, text: str) -> Request:
 
 retry = partial(Retry, attempts=2, wait_initial=0, wait_max=0)
 gate = partial(Concurrency, limit=4)
+budget = partial(
+    Budget, spending=Spending(1e6, 10**9), prices=Price(input=1, output=1), max_output_tokens=1000, when_tight="raise"
+)
 breaker = partial(Breaker, failures=1000)
 hedge = partial(Hedge, after=0.0, max_extra=1.0)
 
@@ -262,6 +271,8 @@ CASES = [
     Case("cache", chain(partial(Cache, sampled=True))),
     Case("fallback", among_two(Fallback)),
     Case("route", among_two(partial(Route, by="latency", sticky="agent"))),
+    Case("budget", chain(budget)),
+    Case("telemetry", chain(partial(Telemetry, on_event=id))),
     Case("model", face),
     Case("callable", function),
     Case("openai", openai_at, ask=ask_by_script),

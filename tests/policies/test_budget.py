@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from asyncmodels.backend import Backend, compose
-from asyncmodels.clock import Clock
+from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import (
     AsyncModelsError,
     AttemptTimeoutError,
@@ -33,9 +33,10 @@ from asyncmodels.errors import (
     TruncatedResponseError,
 )
 from asyncmodels.model import Model
+from asyncmodels.origin import Origin
 from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.concurrency import Concurrency
-from asyncmodels.policies.prices import Price
+from asyncmodels.policies.prices import Price, PriceList, Tariff
 from asyncmodels.policies.retry import Retry
 from asyncmodels.policies.spending import Spending, SpendingLimit, SpendingStatistics
 from asyncmodels.testing import Delay, FakeClock, ScriptedBackend, ScriptItem
@@ -61,7 +62,7 @@ def budget(
     spending: Spending | float | None, *script: ScriptItem, clock: Clock | None = None, **settings: Any
 ) -> Model:
     """A Model, because its innermost link is what notes that something is sent."""
-    backend = ScriptedBackend(*script, **({} if clock is None else {"clock": clock}), repeat=True)
+    backend = ScriptedBackend(*script, clock=clock or SYSTEM_CLOCK, repeat=True)
     settings = {"prices": PER_TOKEN, "count_input": lambda request: INPUT, **settings}
     return Model(backend, partial(Budget, spending=spending, **settings))
 
@@ -261,14 +262,18 @@ async def test_the_price_list_knows_common_models() -> None:
     assert now(model).spent == pytest.approx(2 * (1000 * 1.25 + 1000 * 10) / 1e6)
 
 
-async def test_a_price_of_the_list_is_looked_up_again() -> None:
+async def test_a_price_of_the_list_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prices change with time, so that one is taken for the current one only for a while."""
     pytest.importorskip("genai_prices")
-    clock, asked = FakeClock(), []
+    clock, asked = FakeClock(), list[float]()
     model = Model(ScriptedBackend(answer(), repeat=True, model="gpt-5"), partial(Budget, spending=5.0, clock=clock))
-    prices = link_of(model)._prices
-    listed = prices.listed
-    prices.listed = lambda origin, at: (asked.append(at), listed(origin, at))[1]  # type: ignore[method-assign]  # a spy
+    listed = PriceList.listed
+
+    def spy(prices: PriceList, origin: Origin, now: float) -> Tariff:
+        asked.append(now)
+        return listed(prices, origin, now)
+
+    monkeypatch.setattr(PriceList, "listed", spy)
     for seconds in (0, 30, 31, 1):
         await clock.advance(seconds)
         await model.generate(ask())

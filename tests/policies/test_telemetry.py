@@ -164,9 +164,8 @@ async def test_attempts_side_by_side_are_served_once() -> None:
 async def test_a_stream_is_told_with_its_first_delta() -> None:
     """A stream has one event more; its numbers come with its last delta."""
     async with FakeClock(autojump=True) as clock:
-        deltas = [Delay(2), Delta(content="H"), Delay(1), Delta(content="i")]
         end = Delta(finish_reason="stop", usage=Usage(3, 2), model="scripted-1", id="r1")
-        model, events = told([*deltas, end], clock=clock)
+        model, events = told([Delay(2), Delta(content="H"), Delay(1), Delta(content="i"), end], clock=clock)
         await collect(model, ask())
     assert kinds(events) == ["CallStarted", "AttemptStarted", "FirstDelta", "AttemptEnded", "CallFinished"]
     assert isinstance(events[2], FirstDelta)

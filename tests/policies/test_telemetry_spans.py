@@ -392,8 +392,9 @@ async def test_a_real_server_is_named(server: Server) -> None:
 PROGRAM = """
 import asyncio, logging, sys
 from asyncmodels import Model, Telemetry
-from asyncmodels.testing import ScriptedBackend
-model = Model(ScriptedBackend("Hi", repeat=True), Telemetry)
+from asyncmodels.testing import FakeClock, ScriptedBackend
+clock = FakeClock()
+model = Model(ScriptedBackend("Hi", repeat=True), lambda backend: Telemetry(backend, clock=clock))
 asyncio.run(model.generate("?"))
 assert "opentelemetry" not in sys.modules
 from opentelemetry import trace, metrics
@@ -406,6 +407,7 @@ exporter = InMemorySpanExporter()
 provider = TracerProvider()
 provider.add_span_processor(SimpleSpanProcessor(exporter))
 trace.set_tracer_provider(provider)
+asyncio.run(clock.advance(1))
 asyncio.run(model.generate("?"))
 print([span.name for span in exporter.get_finished_spans()])
 print(model._chain)
@@ -413,7 +415,8 @@ print(model._chain)
 
 
 def test_what_the_program_has_configured_is_found() -> None:
-    """OpenTelemetry is not even imported as long as nobody else has; once it is configured it gets its spans."""
+    """OpenTelemetry is not even imported as long as nobody else has; a moment after it was configured it gets its
+    spans."""
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=False)
     assert ended.stderr == ""
     assert ended.stdout.splitlines() == [
