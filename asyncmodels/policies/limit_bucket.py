@@ -53,7 +53,7 @@ HOLD_MOST = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a call took: the how manieth it was, when, and how much had been spent with it."""
+    """What a call took: the how manieth it was, when it may go, and how much had been spent with it."""
 
     cost: Amounts
     number: int
@@ -86,7 +86,7 @@ class Bucket:
         self.number = 0
         self.heeded = 0
         self.levels = [0.0, 0.0, 0.0, 0.0]
-        self.spent = [0.0, 0.0, 0.0, 0.0]
+        self.spent: Amounts = (0.0, 0.0, 0.0, 0.0)
         self.learned: list[float | None] = [None, None, None, None]
         self.given = given
 
@@ -108,16 +108,21 @@ class Bucket:
         self._refill(now)
         if self.held_until > now:
             return None
-        levels, rates = self.levels, self._rates
-        for place, rate in rates:
+        levels = self.levels
+        for place, rate in self._rates:
             if levels[place] < -rate * GRAIN:
                 return None
-        for place, _ in rates:
+        return Grant(cost, self.number + 1, now, self.spend(cost))
+
+    def spend(self, cost: Amounts) -> Amounts:
+        """Takes it whether it is there or not; returns how much was spent with it."""
+        levels = self.levels
+        for place, _ in self._rates:
             levels[place] -= cost[place]
         self.number += 1
         a, b, c, d = self.spent
-        self.spent = spent = [a + cost[0], b + cost[1], c + cost[2], d + cost[3]]
-        return Grant(cost, self.number, now, (spent[0], spent[1], spent[2], spent[3]))
+        self.spent = spent = (a + cost[0], b + cost[1], c + cost[2], d + cost[3])
+        return spent
 
     def wait(self, now: float, ahead: Amounts = (0.0, 0.0, 0.0, 0.0)) -> float:
         """In how many seconds a call may go, once those ``ahead`` of it have; as far as is known now."""
@@ -137,8 +142,7 @@ class Bucket:
         for place, rate in self._rates:
             amount, level = back[place], levels[place]
             levels[place] = level + amount if amount <= 0 else min(level + amount, max(level, rate * CREDIT, amount))
-        for place, amount in enumerate(back):
-            spent[place] -= amount
+        self.spent = spent[0] - back[0], spent[1] - back[1], spent[2] - back[2], spent[3] - back[3]
 
     def heed(self, now: float, lesson: Lesson) -> None:
         """Learns from an answer, unless one to a later call was heard before.
@@ -176,7 +180,8 @@ class Bucket:
         bucket.held_until = held_until or 0.0
         bucket.number, bucket.heeded = int(number or 0), int(heeded or 0)
         bucket.levels = [level or 0.0 for level in rest[:4]]
-        bucket.spent = [amount or 0.0 for amount in rest[4:8]]
+        s, t, u, v = (amount or 0.0 for amount in rest[4:8])
+        bucket.spent = s, t, u, v
         bucket.learned = rest[8:12]
         bucket.given = given
         return bucket
@@ -219,14 +224,16 @@ class Asked:
     costs: Sequence[Amounts] = ()
     backs: Sequence[Amounts] = ()
     lessons: Sequence[Lesson] = ()
+    ahead: float = 0.0
+    """Seconds. Who may go so soon is told when, and the way to the store and back costs no time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The first ``granted`` of the costs may go; the next in ``wait`` seconds at the earliest. The rest is how the
-    bucket is then."""
+    """The first of the costs may go, each after its own of the ``delays``; the next in ``wait`` seconds at the
+    earliest. The rest is how the bucket is then."""
 
-    granted: int
+    delays: tuple[float, ...]
     wait: float
     at: float
     number: int
@@ -242,23 +249,24 @@ def serve(bucket: Bucket, now: float, asked: Asked) -> Answer:
         bucket.heed(now, lesson)
     for back in asked.backs:
         bucket.settle(now, back)
-    granted = 0
+    delays: list[float] = []
     for cost in asked.costs:
-        if bucket.take(now, cost) is None:
+        delay = bucket.wait(now)
+        if delay > asked.ahead or bucket.held_until > now:
             break
-        granted += 1
+        bucket.spend(cost)
+        delays.append(delay)
     a, b, c, d = bucket.levels
-    s, t, u, v = bucket.spent
     w, x, y, z = bucket.learned
-    return Answer(granted, bucket.wait(now), bucket.at, bucket.number, (a, b, c, d), (s, t, u, v), (w, x, y, z))
+    return Answer(tuple(delays), bucket.wait(now), bucket.at, bucket.number, (a, b, c, d), bucket.spent, (w, x, y, z))
 
 
 def grants_of(answer: Answer, costs: Sequence[Amounts]) -> list[Grant]:
     """The grants of those who may go, which an Answer does not spell out."""
     grants: list[Grant] = []
     spent, number = answer.spent, answer.number
-    for cost in reversed(costs[: answer.granted]):
-        grants.append(Grant(cost, number, answer.at, spent))
+    for cost, delay in reversed(list(zip(costs, answer.delays, strict=False))):
+        grants.append(Grant(cost, number, answer.at + delay, spent))
         spent = (spent[0] - cost[0], spent[1] - cost[1], spent[2] - cost[2], spent[3] - cost[3])
         number -= 1
     grants.reverse()

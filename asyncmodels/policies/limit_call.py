@@ -100,7 +100,9 @@ class Call:
         elif usage is not None:
             meter.estimator.learn(self.size, usage)
             real = cost_of(usage.input_tokens, usage.output_tokens, usage.cached_tokens or 0)
-            meter.gate.settle((0.0, cost[1] - real[1], cost[2] - real[2], cost[3] - real[3]))
+            tokens, given, answer = cost[1] - real[1], cost[2] - real[2], cost[3] - real[3]
+            if tokens or given or answer:
+                meter.gate.settle((0.0, tokens, given, answer))
 
     def failed(self, error: BaseException) -> None:
         if isinstance(error, GeneratorExit):

@@ -35,7 +35,7 @@ class Gate(ABC, Generic[L]):
         return line
 
     def waiting(self) -> int:
-        return sum(line.waiting for line in self.lines())
+        return sum(line.waiting + line.promised() for line in self.lines())
 
     def lines(self) -> list[L]:
         with self._lines_lock:

@@ -104,10 +104,18 @@ class LimitLine(ABC):
 
     def call(self, waiter: Waiter, grant: Grant) -> None:
         """Lets a caller go."""
-        self._take_out(waiter)
-        waiter.grant = grant
+        self.promise(waiter, grant)
         if not waiter.future.done():
             waiter.future.set_result(grant)
+
+    def promise(self, waiter: Waiter, grant: Grant) -> None:
+        """Takes a caller out of the line who is let go later."""
+        self._take_out(waiter)
+        waiter.grant = grant
+
+    def promised(self) -> int:
+        """How many are out of the line and have not been let go yet."""
+        return 0
 
     def refuse(self, waiter: Waiter, error: AsyncModelsError) -> None:
         """Sends a caller away."""

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 
 from asyncmodels.errors import ConfigurationError
-from asyncmodels.policies.limit_bucket import BURST, CREDIT, GRAIN, HOLD_MOST, JUMP, Amounts, Answer, Asked, Limits
+from asyncmodels.policies.limit_bucket import BURST, CREDIT, GRAIN, HOLD_MOST, JUMP, Amounts, Answer, Asked
 from asyncmodels.policies.limit_store import LimitStore, LimitStoreError
 
 __all__ = ["RedisLimitStore"]
@@ -64,7 +64,7 @@ class RedisLimitStore(LimitStore):
     def exchange(self, asked: Asked, /) -> Answer:
         try:
             said: Any = self._script(keys=[_PREFIX + self.name], args=list(self._arguments(asked)))
-            granted, wait, at, number, *rest = [_number(word) for word in said]
+            wait, at, number, *rest = [_number(word) for word in said]
         except ResponseError as error:
             # What the server says of a script of ours holds nothing of the caller's; NOAUTH, WRONGTYPE, READONLY, ...
             raise LimitStoreError(f"The {self.place} refuses to hold a shared limit: {error}.") from error
@@ -73,15 +73,9 @@ class RedisLimitStore(LimitStore):
             raise LimitStoreError(
                 f"The {self.place}, which holds a shared limit, cannot be reached: {type(error).__name__}."
             ) from error
-        return Answer(
-            int(granted or 0),
-            wait or 0.0,
-            at or 0.0,
-            int(number or 0),
-            _four(rest[:4]),
-            _four(rest[4:8]),
-            _limits(rest),
-        )
+        delays = tuple(delay or 0.0 for delay in rest[12:])
+        levels, spent, (a, b, c, d) = _four(rest[:4]), _four(rest[4:8]), rest[8:12]
+        return Answer(delays, wait or 0.0, at or 0.0, int(number or 0), levels, spent, (a, b, c, d))
 
     def close(self) -> None:
         if self._owns:
@@ -89,7 +83,7 @@ class RedisLimitStore(LimitStore):
 
     def _arguments(self, asked: Asked) -> Iterator[str]:
         yield "" if self.time is None else repr(self.time)
-        for number in (BURST, CREDIT, GRAIN, JUMP, HOLD_MOST, _LIFETIME):
+        for number in (BURST, CREDIT, GRAIN, JUMP, HOLD_MOST, _LIFETIME, asked.ahead):
             yield repr(number)
         yield from map(_word, asked.given)
         yield str(len(asked.lessons))
@@ -120,11 +114,6 @@ def _four(numbers: Sequence[float | None]) -> Amounts:
     return a, b, c, d
 
 
-def _limits(rest: Sequence[float | None]) -> Limits:
-    a, b, c, d = rest[8:12]
-    return a, b, c, d
-
-
 # What limit_bucket.serve does, line by line; tests/policies/test_rate_limit_redis.py holds the two to the same.
 _SCRIPT = """
 local place = 0
@@ -139,7 +128,8 @@ if now == '' then
 else
   now = tonumber(now)
 end
-local BURST, CREDIT, GRAIN, JUMP, HOLD_MOST, LIFETIME = number(), number(), number(), number(), number(), number()
+local BURST, CREDIT, GRAIN, JUMP = number(), number(), number(), number()
+local HOLD_MOST, LIFETIME, ahead = number(), number(), number()
 local given = four()
 
 local at, held, count, heeded = now, now, 0, 0
@@ -217,28 +207,26 @@ for _ = 1, number() do
   end
 end
 
-local granted = 0
+local function waiting()
+  local seconds = math.max(0, held - now)
+  for d = 1, 4 do
+    if rates[d] then seconds = math.max(seconds, -levels[d] / rates[d]) end
+  end
+  return seconds > GRAIN and seconds or 0
+end
+
+local delays = {}
 refill()
 for _ = 1, number() do
-  local cost = four()
-  local goes = held <= now
-  for d = 1, 4 do
-    if rates[d] and levels[d] < -rates[d] * GRAIN then goes = false end
-  end
-  if not goes then break end
+  local cost, delay = four(), waiting()
+  if delay > ahead or held > now then break end
   for d = 1, 4 do
     if rates[d] then levels[d] = levels[d] - cost[d] end
     spent[d] = spent[d] + cost[d]
   end
   count = count + 1
-  granted = granted + 1
+  delays[#delays + 1] = delay
 end
-
-local wait = math.max(0, held - now)
-for d = 1, 4 do
-  if rates[d] then wait = math.max(wait, -levels[d] / rates[d]) end
-end
-if wait <= GRAIN then wait = 0 end
 
 local function text(value) return value and string.format('%.17g', value) or '-' end
 local state = {text(at), text(held), text(count), text(heeded)}
@@ -246,7 +234,8 @@ for _, amounts in ipairs({levels, spent, learned}) do
   for d = 1, 4 do state[#state + 1] = text(amounts[d]) end
 end
 redis.call('SET', KEYS[1], table.concat(state, ' '), 'EX', LIFETIME)
-local answer = {text(granted), text(wait), text(at), text(count)}
+local answer = {text(waiting()), text(at), text(count)}
 for place = 5, 16 do answer[#answer + 1] = state[place] end
+for _, delay in ipairs(delays) do answer[#answer + 1] = text(delay) end
 return answer
 """

@@ -6,11 +6,14 @@ given back, and asks for the next callers in line. A thread makes it, because st
 
 from __future__ import annotations
 
+import asyncio
+import heapq
 import os
 import random as _random
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -38,7 +41,10 @@ OnStoreError: TypeAlias = Literal["raise", "local"]
 
 _AT_ONCE = 64
 _MOST_BACKS = 1000
-_SHORTEST, _JITTER, _LONGEST = 0.004, 0.008, 1.0
+_HURRY, _SLACK = 0.9, 0.02
+_AHEAD = 0.1
+"""Seconds. So far ahead calls are told when they may go: a busy store, or process, then costs nobody's time."""
+_SHORTEST, _JITTER, _LONGEST = 0.005, 0.02, 1.0
 """Seconds between two looks into the store: not every millisecond, not all processes at a time, and not so seldom that
 what others gave back is left lying."""
 _AWAY = 1.0
@@ -164,13 +170,18 @@ class _SharedLine(LimitLine):
         self.backs: list[Amounts] = []
         self.lessons: list[Lesson] = []
         self._gate = gate
+        self._at_once = 4
+        self._due: list[tuple[float, int, Waiter]] = []
+        self._last: tuple[float, float] | None = None  # when somebody was due last, and when he was to go
+        self._release: asyncio.Task[None] | None = None
 
     def has_work(self) -> bool:
         return bool(self.waiting or self.backs or self.lessons)
 
     async def work(self) -> None:
         while self.has_work():
-            asking = self.next(_AT_ONCE)
+            # Asking for many more than can go costs the store and us more than it brings.
+            asking = self.next(self._at_once)
             try:
                 answer = await self._exchange([waiter.cost for waiter in asking])
             except AsyncModelsError as error:
@@ -179,13 +190,14 @@ class _SharedLine(LimitLine):
                 continue
             except BaseException:
                 for waiter in asking:
-                    self._back_in_line(waiter)
+                    if not waiter.gone:
+                        self.put_back(waiter)
                 raise
             self._answered(asking, answer)
-            if self.waiting and answer.granted < len(asking):
-                gate = self._gate
-                seconds = max(_SHORTEST, min(answer.wait, _LONGEST)) + gate.random() * _JITTER
-                await self.clock.sleep(seconds)
+            self._at_once = min(_AT_ONCE, 2 * len(answer.delays) + 4)
+            if self.waiting and len(answer.delays) < len(asking):
+                seconds = min(answer.wait - _AHEAD / 2, _LONGEST)
+                await self.clock.sleep(max(_SHORTEST, seconds) + self._gate.random() * _JITTER)
 
     async def flush(self) -> None:
         try:
@@ -197,32 +209,66 @@ class _SharedLine(LimitLine):
         gate = self._gate
         backs, self.backs = self.backs, []
         lessons, self.lessons = self.lessons, []
-        asked = Asked(gate.given, costs, backs, lessons)
+        asked = Asked(gate.given, costs, backs, lessons, _AHEAD)
         answer = await self.loop.run_in_executor(gate.executor(), gate.exchange, asked)
         gate.news = _News(answer, self.clock.time())
         return answer
 
     def _answered(self, asking: Sequence[Waiter], answer: Answer) -> None:
         granted = grants_of(answer, [waiter.cost for waiter in asking])
-        for waiter, grant in zip(asking, granted, strict=False):
+        now = self.clock.time()
+        for waiter, grant, delay in zip(asking, granted, answer.delays, strict=False):
             if waiter.gone:
                 self.backs.append(grant.cost)
-            else:
+            elif not delay:
                 self.call(waiter, grant)
+            elif waiter.deadline is not None and now + delay >= waiter.deadline:
+                self.backs.append(grant.cost)
+                self.refuse(waiter, too_late(delay, waiter.timeout or 0.0))
+            else:
+                self.promise(waiter, grant)
+                heapq.heappush(self._due, (now + delay, grant.number, waiter))
+        self._serve_due()
         ahead = (0.0, 0.0, 0.0, 0.0)
-        now = self.clock.time()
         for waiter in asking[len(granted) :]:
+            if waiter.gone:
+                continue
             seconds = self.foreseen(ahead)
             if waiter.deadline is not None and now + seconds >= waiter.deadline:
                 self.refuse(waiter, too_late(seconds, waiter.timeout or 0.0))
-            elif not waiter.gone:
+            else:
                 self.put_back(waiter)
                 cost = waiter.cost
                 ahead = ahead[0] + cost[0], ahead[1] + cost[1], ahead[2] + cost[2], ahead[3] + cost[3]
 
-    def _back_in_line(self, waiter: Waiter) -> None:
-        if not waiter.gone:
-            self.put_back(waiter)
+    def promised(self) -> int:
+        """How many know when they may go, and wait for it."""
+        return sum(not waiter.future.done() for _, _, waiter in self._due)
+
+    def _serve_due(self) -> None:
+        if self._due and self._release is None:
+            self._release = self.loop.create_task(self._let_go(), name="RateLimit.due", context=Context())
+
+    async def _let_go(self) -> None:
+        try:
+            while self._due:
+                due = self._due[0][0]
+                now = self.clock.time()
+                # Who was kept busy elsewhere for long does not let go at once all whose time has come meanwhile: they
+                # keep their distance, nearly, until the lost time is made up for.
+                last_due, last = self._last or (due, due)
+                at = max(due, last + _HURRY * (due - last_due))
+                if at > now:
+                    await self.clock.sleep(at - now)
+                    continue
+                waiter = heapq.heappop(self._due)[2]
+                self._last = due, max(at, now - _SLACK)
+                if waiter.grant is not None and not waiter.future.done():
+                    waiter.future.set_result(waiter.grant)
+        finally:
+            self._release = None
+            if self.promised() and not self.loop.is_closed():
+                self.loop.call_soon(self._serve_due)
 
     def foreseen(self, ahead: Amounts) -> float:
         gate = self._gate
