@@ -14,11 +14,14 @@ from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
 
 from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError
+from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.cache_store import CacheStore
 from asyncmodels.policies.concurrency import Concurrency
+from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.policies.retry import Retry, RetryBudget
 from asyncmodels.policies.single_flight import SingleFlight
+from asyncmodels.policies.spending import Spending
 from asyncmodels.request import PARAMETERS, Parameters, UntimedParameters
 
 __all__ = [
@@ -44,8 +47,13 @@ class ChainOptions(TypedDict, total=False):
     """Calls in flight: a number, or ``"auto"``, the default, for whatever the server turns out to take."""
     retry: bool | int | PolicyLike
     """True, the default; False for none; a number of attempts; or a policy."""
+    requests_per_minute: float | None
+    tokens_per_minute: float | None
+    """At most so many a minute, and never more than the provider's headers say; input and output count together."""
     cache: bool | CachePlace | PolicyLike | None
     """True for a cache in memory; a path or a store for another; or a policy. Identical calls in flight become one."""
+    budget: float | Spending | PolicyLike | None
+    """Dollars that may be spent; a Spending, which several models may share; or a policy."""
     policies: Sequence[PolicyLike] | None
     """Replaces the default chain, outermost first."""
 
@@ -89,10 +97,16 @@ def remote_chain(**options: Unpack[ChainOptions]) -> Sequence[PolicyLike]:
             raise ConfigurationError(f"policies replaces the default chain; put {' and '.join(others)} into it.")
         return tuple(policies)
     limit = options.get("max_concurrency")
-    limit = DEFAULT_CONCURRENCY if limit is None else limit
+    limit = "auto" if limit is None else limit
     return (
         *_caching(options.get("cache")),
         *_retrying(options.get("retry", True), limit),
+        *_budgeting(options.get("budget")),
+        partial(
+            RateLimit,
+            requests_per_minute=options.get("requests_per_minute"),
+            tokens_per_minute=options.get("tokens_per_minute"),
+        ),
         partial(Concurrency, limit=limit),
     )
 
@@ -118,5 +132,7 @@ def _retrying(retry: bool | int | PolicyLike, limit: ConcurrencyLimit) -> Sequen
     return (partial(Retry, budget=RetryBudget(reserve=reserve), **settings),)
 
 
-DEFAULT_CONCURRENCY: ConcurrencyLimit = 1000
-"""Calls in flight per model unless ``max_concurrency`` says otherwise; as many as the openai package opens."""
+def _budgeting(budget: float | Spending | PolicyLike | None) -> Sequence[PolicyLike]:
+    if budget is None:
+        return ()
+    return (budget,) if callable(budget) else (partial(Budget, spending=budget),)
