@@ -165,7 +165,7 @@ class Bucket:
             if remaining is None:
                 continue
             whole = self.learned[place] or rate * 60
-            left = min(whole, remaining + whole / 60 * elapsed) - (self.spent[place] - grant.spent[place])
+            left = min(whole, remaining + whole / 60 * elapsed - (self.spent[place] - grant.spent[place]))
             if left < grant.cost[place]:  # another such call would be refused
                 self.levels[place] = min(self.levels[place], left - grant.cost[place])
 
@@ -193,8 +193,8 @@ class Bucket:
         elapsed = now - self.at
         if elapsed <= 0:
             if elapsed < -JUMP:
+                self.held_until = now + min(self.held_until - self.at, HOLD_MOST)
                 self.at = now
-                self.held_until = min(self.held_until, now + HOLD_MOST)
             return
         self.at = now
         levels = self.levels

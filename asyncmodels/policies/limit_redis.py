@@ -158,8 +158,8 @@ local function refill()
   local elapsed = now - at
   if elapsed <= 0 then
     if elapsed < -JUMP then
+      held = now + math.min(held - at, HOLD_MOST)
       at = now
-      held = math.min(held, now + HOLD_MOST)
     end
     return
   end
@@ -184,7 +184,7 @@ for _ = 1, number() do
     for d = 1, 4 do
       if rates[d] and remaining[d] then
         local whole = learned[d] or rates[d] * 60
-        local left = math.min(whole, remaining[d] + whole / 60 * elapsed) - (spent[d] - before[d])
+        local left = math.min(whole, remaining[d] + whole / 60 * elapsed - (spent[d] - before[d]))
         if left < cost[d] then levels[d] = math.min(levels[d], left - cost[d]) end
       end
     end
