@@ -84,6 +84,7 @@ class RepeatedFailures:
         self._known: OrderedDict[bytes, _Known] = OrderedDict()
         # A cheap sign of each known request, so that the others need not be digested.
         self._hints: Counter[int] = Counter()
+        # Failures with an answer before them: those of a pool that answers nobody say nothing about anybody.
         self._failed = 0
         self._answered_at_last = -1
 
@@ -119,9 +120,9 @@ class RepeatedFailures:
 
         Returns the error to be raised instead of trying again, once the request is to be given up.
         """
-        self._failed += 1
         nobody = answered == self._answered_at_last
         self._answered_at_last = answered
+        self._failed += not nobody
         if isinstance(error, _NOT_THE_REQUEST):
             return None
         # Where nobody was answered since somebody's last failure, it is not this request that is to blame, unless it
@@ -138,7 +139,7 @@ class RepeatedFailures:
     def _count(self, known: _Known, error: Exception, answered: int, now: float) -> RepeatedFailureError | None:
         kind = _kind(error)
         others_answered = answered - known.answered
-        others_failed = self._failed - known.failed - 1
+        others_failed = max(0, self._failed - known.failed - 1)
         known.answered, known.failed = answered, self._failed
         known.message = str(error)[:500]
         if known.count >= self.limit and kind == known.kind:

@@ -206,8 +206,7 @@ async def test_a_predicate_of_errors_does_not_see_them() -> None:
 
 async def test_a_stream_that_is_whole_at_once_is_asked_for_again() -> None:
     """Where the first delta is all of the answer, it can still be refused: nobody has seen it."""
-    bad, good = ([Delta(content=content, finish_reason="stop")] for content in (BAD, GOOD))
-    backend, retry = retrying([bad, good], 1)
+    backend, retry = retrying([[Delta(content=content, finish_reason="stop")] for content in (BAD, GOOD)], 1)
 
     response = await collect(retry, ask())
 

@@ -92,6 +92,20 @@ async def test_a_request_that_always_fails_is_not_tried_a_thousand_times(failure
         assert "1 requests given up" in repr(pool.retry)
 
 
+async def test_many_attempts_between_two_answers_are_one_failure() -> None:
+    """Where attempts follow each other faster than others are answered, the pool is well all the same."""
+    async with FakeClock(autojump=True) as clock:
+        pool = Pool(clock, same_failures=5, bad=poison)
+        errors = []
+        for n in range(20):
+            await pool.retry.generate(ask(f"other {n}"))
+            with pytest.raises(AsyncModelsError) as caught:
+                await pool.retry.generate(ask("bad"))
+            errors.append(type(caught.value))
+
+        assert errors == [ServerError] * 4 + [RepeatedFailureError] * 16
+
+
 async def test_the_error_says_so() -> None:
     """The error that ends the trying has the last failure as its cause; those that follow tell it in words."""
     async with FakeClock(autojump=True) as clock:
