@@ -239,18 +239,25 @@ FOREIGN_LAZY: Mapping[str, set[str]] = {
 """Those that cost more than the module that needs them, and that most programs never need."""
 
 PURE = {
+    "answer_parser",
     "backend",
     "deep_threads",
     "engine",
     "gate",
     "job",
     "json_grammar",
+    "notation",
     "prompt",
+    "response_templates",
     "runner",
     "scheduler",
     "sequence",
     "signals",
+    "template_parser",
+    "tool_grammar",
+    "tool_prompt",
     "worker",
+    "written_calls",
 }
 """The modules of local that know no runtime: one engine drives them all."""
 

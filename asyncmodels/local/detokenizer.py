@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
+
+from asyncmodels.local.runner import MakesDetokenizers
 
 __all__ = ["Detokenizer", "make_detokenizer"]
 
@@ -15,11 +18,13 @@ _REPLACEMENT = "\ufffd"
 class Detokenizer:
     """Decodes one sequence. ``push`` returns the text that a token completes, ``finish`` what is left of it.
 
-    Special tokens have no text. Bytes that never became a character show as U+FFFD, at the end only.
+    Special tokens have no text, unless ``special_tokens`` says so. Bytes that never became a character show as U+FFFD,
+    at the end only.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, special_tokens: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._skip = not special_tokens
         self._ids: list[int] = []
         self._length = 0
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -28,7 +33,7 @@ class Detokenizer:
             self._start = self._end = 0
             self._step = self._decode_window
         else:
-            stream = DecodeStream(skip_special_tokens=True)
+            stream = DecodeStream(skip_special_tokens=self._skip)
             self._step = lambda token: stream.step(backend, token)
 
     def push(self, token: int) -> str:
@@ -39,7 +44,9 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What the tokens so far hold beyond the text that ``push`` gave out."""
-        whole: str = self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        whole: str = self._tokenizer.decode(
+            self._ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
+        )
         return whole[self._length :]
 
     def _decode_window(self, _token: int) -> str | None:
@@ -53,10 +60,10 @@ class Detokenizer:
         return after[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False)
         return text
 
 
-def make_detokenizer(tokenizer: Any) -> Callable[[], Detokenizer]:
+def make_detokenizer(tokenizer: Any) -> MakesDetokenizers:
     """A maker of detokenizers over ``tokenizer``, which must belong to the calling thread."""
-    return lambda: Detokenizer(tokenizer)
+    return partial(Detokenizer, tokenizer)

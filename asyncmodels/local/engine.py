@@ -18,7 +18,8 @@ from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError
 from asyncmodels.local.gate import Gate, Ticket
 from asyncmodels.local.job import Handle, Job
-from asyncmodels.local.prompt import template_kwargs
+from asyncmodels.local.notation import Keys
+from asyncmodels.local.prompt import Prepared, template_kwargs
 from asyncmodels.local.runner import RunnerFactory
 from asyncmodels.local.sequence import Sampling, Sequence
 from asyncmodels.local.worker import Ready, Tally, Worker, WorkerSettings
@@ -66,7 +67,8 @@ class Engine:
     ``max_queued`` more (with at most about ``max_queued_tokens`` prompt tokens) are queued, and the rest waits outside
     (``when_full="wait"``) or gets a QueueFullError (``"raise"``). ``max_batch_tokens`` bounds the batch's KV memory.
     ``max_new_tokens`` is for requests without ``max_tokens``; None lets them fill the context. After ``max_restarts``
-    deaths in a row, without one finished request in between, the engine stays dead.
+    deaths in a row, without one finished request in between, the engine stays dead. ``tool_name_key`` and
+    ``tool_arguments_key`` are the words of a call for models whose chat template has no tools.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Engine:
         max_new_tokens: int | None = None,
         max_restarts: int = 3,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tool_name_key: str = "name",
+        tool_arguments_key: str = "arguments",
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         check_whole("max_batch_size", max_batch_size)
@@ -104,6 +108,7 @@ class Engine:
             max_tokens=max_batch_tokens,
             max_restarts=max_restarts,
             template_kwargs=dict(chat_template_kwargs or {}),
+            keys=_keys(tool_name_key, tool_arguments_key),
             clock=clock,
         )
         self._tally = Tally()
@@ -121,7 +126,7 @@ class Engine:
         """Takes ``request`` in, and returns once it is with the owner thread.
 
         With ``streaming`` the handle yields deltas as they come, otherwise one at the end. Raises ModelLoadError,
-        QueueFullError, ClosedError, EngineDeadError, ContextLengthError and InvalidRequestError.
+        QueueFullError, ClosedError, EngineDeadError, ContextLengthError, InvalidRequestError and UnsupportedError.
         """
         arrived = self._clock.time()
         Sampling.of(request)
@@ -185,22 +190,23 @@ class Engine:
         while True:
             worker, ready = await self._ready()
             try:
-                prompt = await ready.encoder.encode(request)
+                prepared = await ready.encoder.prepare(request)
             except RuntimeError:
                 if worker.listening:
                     raise
                 await worker.ended.wait()
                 continue
-            sequence = self._sequence(request, prompt, ready, arrived)
+            sequence = self._sequence(request, prepared, ready, arrived)
             handle = Handle(sequence.id, lambda w=worker, s=sequence: w.cancel(s))  # type: ignore[misc]  # bound early
-            job = Job(sequence, handle, ticket, stops, streaming)
-            ticket.charge(len(prompt))
+            ends = StopMatcher(()) if prepared.demanded else stops
+            job = Job(sequence, handle, ticket, ends, streaming, prepared.parser)
+            ticket.charge(len(prepared.prompt))
             if worker.send(job):
                 return handle
             await worker.ended.wait()
 
-    def _sequence(self, request: Request, prompt: tuple[int, ...], ready: Ready, arrived: float) -> Sequence:
-        limit = ready.limit
+    def _sequence(self, request: Request, prepared: Prepared, ready: Ready, arrived: float) -> Sequence:
+        limit, prompt = ready.limit, prepared.prompt
         if len(prompt) + 1 > limit:
             raise ContextLengthError(
                 f"The prompt has {len(prompt)} tokens, and with one more to generate it must fit into {limit}.",
@@ -214,6 +220,7 @@ class Engine:
             prompt=prompt,
             max_tokens=room if wanted is None else min(wanted, room),
             sampling=Sampling.of(request, ready.info.sampling),
+            constraint=prepared.constraint,
             ignore_eos=bool(request.extra.get("ignore_eos", False)),
             agent=request.agent,
             priority=request.priority,
@@ -258,6 +265,15 @@ class Engine:
         if worker is None or worker.ended.done:
             return "idle"
         return "running" if worker.ready.done else "loading"
+
+
+def _keys(name: object, arguments: object) -> Keys:
+    for parameter, key in (("tool_name_key", name), ("tool_arguments_key", arguments)):
+        if not isinstance(key, str) or not key:
+            raise ConfigurationError(f"{parameter} must be a string that is not empty, not {key!r}.")
+    if name == arguments:
+        raise ConfigurationError(f"tool_name_key and tool_arguments_key must differ, and both are {name!r}.")
+    return Keys(str(name), str(arguments))
 
 
 def check_whole(name: str, value: object, *, least: int = 1, optional: bool = False) -> None:

@@ -210,9 +210,12 @@ def _plain(backend: Any) -> str:
 def _normalised(grammar: Grammar) -> Grammar:
     if isinstance(grammar, JSONSchema):
         return JSONSchema(normalised_schema(grammar.schema))
-    if isinstance(grammar, EBNF):
-        return grammar if isinstance(grammar, BoundedLark) else EBNF(_as_lark(grammar.grammar))
-    length = len(grammar.pattern) if isinstance(grammar, Regex) else sum(map(len, grammar.options))
+    if isinstance(grammar, EBNF) and not isinstance(grammar, BoundedLark):
+        return EBNF(_as_lark(grammar.grammar))
+    if isinstance(grammar, Choice):
+        length = sum(map(len, grammar.options))
+    else:
+        length = len(grammar.pattern if isinstance(grammar, Regex) else grammar.grammar)
     if length > _LONGEST:
         raise too_large(f"it has {length} characters")
     return grammar

@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from asyncmodels.errors import ConfigurationError
+from asyncmodels.local.answer_parser import AnswerParser, Pieces
 from asyncmodels.local.gate import Ticket
 from asyncmodels.local.runner import Detokenizes, Sampled
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.stopping import StopMatcher
-from asyncmodels.types import Delta, FinishReason, TokenLogprob
+from asyncmodels.types import Delta, FinishReason, TokenLogprob, ToolCallDelta
 
 __all__ = ["Handle", "Job"]
 
@@ -90,6 +91,8 @@ def _merge(deltas: list[Delta]) -> Delta:
     last = deltas[-1]
     return Delta(
         content="".join([delta.content for delta in deltas]),
+        reasoning="".join([delta.reasoning for delta in deltas]),
+        tool_calls=tuple(call for delta in deltas for call in delta.tool_calls),
         finish_reason=last.finish_reason,
         usage=last.usage,
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
@@ -108,8 +111,16 @@ class Job:
     ticket: Ticket
     stops: StopMatcher
     streaming: bool
+    parser: AnswerParser | None = None
+    """Tells reasoning and tool calls from content; None where all of the text is content."""
     detokenizer: Detokenizes | None = None
+    reasoning_tokens: int | None = None
+    """Tokens of the reasoning and its marks; None for a model that does not reason, as far as is known."""
+    calls: int = 0
+    """Tool calls so far."""
     _text: list[str] = field(default_factory=list)
+    _reasoning: list[str] = field(default_factory=list)
+    _tool_calls: list[ToolCallDelta] = field(default_factory=list)
     _logprobs: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)
     """Log-probabilities that nobody has yet, each with the place where the token's text begins."""
     _decoded: int = 0
@@ -128,6 +139,7 @@ class Job:
             top = tuple((token_text(token), logprob) for token, logprob in output.top)
             entry = TokenLogprob(token_text(output.token), output.logprob, top)
             self._logprobs.append((self._decoded, entry))
+        reasoned = self.parser is not None and bool(self.parser.reasoning)
         reason: FinishReason | None = None
         if output.token in eos_token_ids and not self.sequence.ignore_eos:
             reason = "stop"
@@ -135,6 +147,9 @@ class Job:
             self._emit(self.detokenizer.push(output.token))
             if len(self.sequence.output) >= self.sequence.max_tokens:
                 reason = "length"
+        if self.parser is not None and self.parser.reasoning is not None:
+            # The marks count as well: a token is of the reasoning when it begins in it or ends in it.
+            self.reasoning_tokens = (self.reasoning_tokens or 0) + (reasoned or self.parser.reasoning)
         return reason if reason is None and not self.stops.matched else self.end(reason or "stop")
 
     def end(self, reason: FinishReason) -> FinishReason:
@@ -144,18 +159,30 @@ class Job:
             self._emit(self.detokenizer.finish())
             self._keep(self.stops.flush())
             self._complete = not self.stops.matched
-        return "stop" if self.stops.matched else reason
+        if self.parser is not None:
+            self._sort(self.parser.finish())
+        if self.stops.matched or reason == "stop":
+            return "tool_calls" if self.calls else "stop"
+        return reason
 
-    def drain(self) -> tuple[str, tuple[TokenLogprob, ...]]:
-        """The text since the last time, and the log-probabilities of the tokens whose text begins in it.
+    def drain(self) -> Delta | None:
+        """What came since the last time, with the log-probabilities of the tokens whose text begins in it; or None.
 
         When the text was cut at a stop sequence, those of the tokens that were cut off as a whole never come.
         """
-        text, self._text = "".join(self._text), []
         logprobs: list[TokenLogprob] = []
         while self._logprobs and (self._complete or self._logprobs[0][0] < self._emitted):
             logprobs.append(self._logprobs.popleft()[1])
-        return text, tuple(logprobs)
+        if not (self._text or self._reasoning or self._tool_calls or logprobs):
+            return None
+        delta = Delta(
+            content="".join(self._text),
+            reasoning="".join(self._reasoning),
+            tool_calls=tuple(self._tool_calls),
+            logprobs=tuple(logprobs),
+        )
+        self._text, self._reasoning, self._tool_calls = [], [], []
+        return delta
 
     def _emit(self, text: str) -> None:
         if text:
@@ -165,4 +192,15 @@ class Job:
     def _keep(self, text: str) -> None:
         if text:
             self._emitted += len(text)
-            self._text.append(text)
+            if self.parser is None:
+                self._text.append(text)
+            else:
+                self._sort(self.parser.feed(text))
+
+    def _sort(self, pieces: Pieces) -> None:
+        if pieces.content:
+            self._text.append(pieces.content)
+        if pieces.reasoning:
+            self._reasoning.append(pieces.reasoning)
+        self._tool_calls += pieces.calls
+        self.calls += len(pieces.calls)

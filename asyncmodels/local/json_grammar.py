@@ -18,8 +18,10 @@ from asyncmodels.types import EBNF
 
 __all__ = ["BoundedLark", "normalised_schema", "too_large"]
 
-_DEEPEST = 1500
-"""Levels of a schema: of the whole and of every part that is referred to, all together."""
+_DEEPEST = 100
+"""Levels of a schema."""
+_DEEPEST_TOGETHER = 1500
+"""Levels of a schema and of every part of it that is referred to, all together."""
 _FORMATS = frozenset({"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"})
 _OPTIONS: Mapping[str, Any] = {"whitespace_pattern": r"( |\n {0,24})?", "coerce_one_of": True}
 _ONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
@@ -39,10 +41,10 @@ def normalised_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     process along: what counts is the depth of all parts together, however they refer to each other.
     """
     depth = _depth(schema)
-    if depth <= _DEEPEST:
-        depth += sum(_depth(_target(schema, reference)) for reference in _references(schema))
     if depth > _DEEPEST:
-        raise too_large(f"its schema is nested deeper than {_DEEPEST} levels, all that it refers to included")
+        raise too_large(f"its schema is nested deeper than {_DEEPEST} levels")
+    if depth + sum(_depth(_target(schema, reference)) for reference in _references(schema)) > _DEEPEST_TOGETHER:
+        raise too_large(f"the parts of its schema refer to each other over {_DEEPEST_TOGETHER} levels")
     closing = not any(_composed(node) for node in _subschemas(schema))
     copied: dict[str, Any] = _copy(schema, closing)
     own = schema.get("x-guidance")

@@ -1,4 +1,5 @@
-"""Messages to token ids: the model's chat template, off the event loop.
+"""What is made of a request before it is queued, off the event loop: token ids by the model's chat template, the
+grammar of the answer, and who reads the answer.
 
 Every worker thread has its own copy of the tokenizer, because a tokenizer may not be used by two threads at once
 ("Already borrowed"), and nothing is ever padded or truncated in it.
@@ -7,6 +8,10 @@ A template that refuses messages gets them a second time with neighbours of one 
 system prompt in front of the first user message; what it refuses then is an InvalidRequestError with its own words.
 A model without a chat template takes a single message, whose text is the prompt as it is; a conversation is an
 InvalidRequestError, because nobody knows how such a model would like to read it.
+
+Tools are rendered by the template where it knows them and the model's calls can be read, else described in the system
+message. A call that is demanded, and a response format beside tools, are held to our own notation by a grammar. Where
+a grammar holds an answer and the prompt has opened the model's reasoning, the prompt closes it, too.
 """
 
 from __future__ import annotations
@@ -16,14 +21,22 @@ import copy
 import json
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
-from asyncmodels.errors import InvalidRequestError
-from asyncmodels.types import Message, Request
+from asyncmodels.errors import InvalidRequestError, UnsupportedError
+from asyncmodels.local.answer_parser import AnswerParser
+from asyncmodels.local.deep_threads import DeepThreads
+from asyncmodels.local.notation import Keys, notation_of
+from asyncmodels.local.runner import NativeCalls
+from asyncmodels.local.tool_grammar import call_grammar
+from asyncmodels.local.tool_prompt import described, tool_shapes, written_out
+from asyncmodels.types import Grammar, JSONSchema, Message, Request, Tool
 
-__all__ = ["PromptEncoder", "template_fault", "template_kwargs", "template_messages"]
+__all__ = ["Prepared", "PromptEncoder", "template_fault", "template_kwargs", "template_messages"]
 
 # What apply_chat_template is told by us, and what would have it return anything but a text.
 _RESERVED = frozenset(
@@ -42,44 +55,115 @@ _RESERVED = frozenset(
 )
 
 
+_ANY_JSON: Mapping[str, Any] = {"type": ["object", "array"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request as the owner thread wants it."""
+
+    prompt: tuple[int, ...]
+    constraint: Any = None
+    """What the runtime made of the grammar; None where anything may be said."""
+    parser: AnswerParser | None = None
+    """Reads the answer; None where all of it is content."""
+    demanded: bool = False
+    """Whether the answer is a call and nothing else, in which no stop sequence is looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What was made of a request but for the grammar, which is compiled elsewhere."""
+
+    prompt: tuple[int, ...]
+    grammar: Grammar | None
+    parser: AnswerParser | None
+    demanded: bool
+
+
 class PromptEncoder:
-    """Encodes prompts for one tokenizer. ``close`` ends its threads.
+    """Prepares requests for one model. ``close`` ends its threads.
 
     ``template_kwargs`` go to the chat template of every request; ``extra["chat_template_kwargs"]`` of a request wins.
+    ``compile_grammar`` is the runtime's own, and called on threads that are fit for it; None where it has none.
     """
 
     def __init__(
-        self, tokenizer: Any, *, template_kwargs: Mapping[str, Any] | None = None, threads: int = 2, name: str = "model"
+        self,
+        tokenizer: Any,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        compile_grammar: Callable[[Grammar], Any] | None = None,
+        native_calls: NativeCalls | None = None,
+        keys: Keys | None = None,
+        threads: int = 2,
+        name: str = "model",
     ) -> None:
         self._template_kwargs = dict(template_kwargs or {})
+        self._compile = compile_grammar
+        self._keys = keys or Keys()
+        self._notation = notation_of(tokenizer, native_calls)
         # Copied here, where the model is loaded: a copy takes a tenth of a second, in which no event loop gets to run.
         self._spare = queue.SimpleQueue[Any]()
         for _ in range(threads):
             self._spare.put(copy.deepcopy(tokenizer))
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"asyncmodels-prompt-{name}")
+        self._deep = DeepThreads(name)
 
-    async def encode(self, request: Request) -> tuple[int, ...]:
-        """The token ids of the prompt.
-
-        Raises InvalidRequestError where the chat template cannot take the messages, or the tokenizer their text.
+    async def prepare(self, request: Request) -> Prepared:
+        """Raises InvalidRequestError where the chat template cannot take the messages, the tokenizer their text, or
+        the grammar is wrong; UnsupportedError, MissingExtraError where there are no means for it.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._encode, request)
+        written = await asyncio.get_running_loop().run_in_executor(self._pool, self._write, request)
+        constraint = None
+        if written.grammar is not None:
+            if self._compile is None:
+                raise UnsupportedError("This model's runtime cannot hold an answer to a grammar.")
+            constraint = await asyncio.wrap_future(self._deep.submit(partial(self._compile, written.grammar)))
+        return Prepared(written.prompt, constraint, written.parser, written.demanded)
 
-    def _encode(self, request: Request) -> tuple[int, ...]:
+    def _write(self, request: Request) -> _Written:
         tokenizer = self._own_tokenizer()
         kwargs = {**self._template_kwargs, **template_kwargs(request)}
+        tools = () if request.tool_choice == "none" else request.tools
         if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
             if len(request.messages) != 1:
                 raise InvalidRequestError(
                     "This model has no chat template: it takes one message, whose text is the prompt."
                 )
-            return _tokenize(tokenizer, request.messages[0].text, special=True)
-        return _tokenize(tokenizer, _render(tokenizer, request, kwargs), special=False)
+            if tools:
+                raise UnsupportedError("This model has no chat template: it cannot be told of tools.")
+            prompt = _tokenize(tokenizer, request.messages[0].text, special=True)
+            return _Written(prompt, _content_grammar(request), None, False)
+        notation, shapes = self._notation, tool_shapes(tools)
+        render = partial(_render, tokenizer, kwargs)
+        messages = template_messages(request.messages)
+        text = _render_native(render, messages, shapes) if tools and notation.calls else None
+        native = text is not None
+        keys = Keys() if native else self._keys
+        if text is None:
+            text = _render_own(render, messages, shapes, keys)
+        demanded = bool(tools) and request.tool_choice in {"required", *(tool.name for tool in tools)}
+        grammar = _grammar(request, tools, keys, demanded=demanded)
+        if grammar is not None and notation.opened(text):
+            text = f"{text.rstrip()}\n{notation.thought.close}\n\n" if notation.thought else text
+        parser: AnswerParser | None = None
+        if grammar is not None:
+            if tools and grammar is not request.grammar:
+                parser = notation.own_parser(tokenizer, text, keys, frozenset())
+        elif native:
+            parser = notation.native_parser(tokenizer, text, shapes)
+        elif tools:
+            parser = notation.own_parser(tokenizer, text, keys, frozenset(tool.name for tool in tools))
+        else:
+            parser = notation.plain_parser(tokenizer, text)
+        return _Written(_tokenize(tokenizer, text, special=False), grammar, parser, demanded)
 
     def close(self) -> None:
         # Prompts that are under way are finished: a cancelled future would look as if its caller had been cancelled.
         self._pool.shutdown(wait=False)
+        self._deep.close()
 
     def _own_tokenizer(self) -> Any:
         tokenizer = getattr(self._local, "tokenizer", None)
@@ -130,9 +214,59 @@ def _half_character(text: str) -> str | None:
     return None
 
 
-def _render(tokenizer: Any, request: Request, kwargs: Mapping[str, Any]) -> str:
-    messages = template_messages(request.messages)
+# -- grammars ---------------------------------------------------------------------------------------------------------
+
+
+def _content_grammar(request: Request) -> Grammar | None:
+    if request.grammar is not None or request.response_format is None:
+        return request.grammar
+    return JSONSchema(request.response_format.schema or _ANY_JSON)
+
+
+def _grammar(request: Request, tools: tuple[Tool, ...], keys: Keys, *, demanded: bool) -> Grammar | None:
+    if demanded:
+        return call_grammar([tool for tool in tools if request.tool_choice in ("required", tool.name)], keys)
+    if tools and request.response_format is not None and request.grammar is None:
+        return call_grammar(tools, keys, content=request.response_format.schema or _ANY_JSON)
+    return _content_grammar(request)
+
+
+# -- chat templates ---------------------------------------------------------------------------------------------------
+
+_Messages: TypeAlias = list[dict[str, Any]]
+_Render: TypeAlias = Callable[[_Messages, list[dict[str, Any]] | None], str]
+
+
+def _render_native(render: _Render, messages: _Messages, shapes: list[dict[str, Any]]) -> str | None:
+    """The prompt with tools as the template itself shows them; None where it refuses them or leaves them out."""
+    try:
+        text = render(messages, shapes)
+        return text if text != render(messages, None) else None
+    except InvalidRequestError:
+        return None
+
+
+def _render_own(render: _Render, messages: _Messages, shapes: list[dict[str, Any]], keys: Keys) -> str:
+    """The prompt with tools in our words, and with calls and results in our words where the template has none."""
+    if shapes:
+        return render(described(written_out(messages, keys), shapes, keys), None)
+    without_calls = [{key: value for key, value in message.items() if key != "tool_calls"} for message in messages]
+    without_results = [message for message in messages if message["role"] != "tool"]
+    if messages == without_calls == without_results:
+        return render(messages, None)
+    try:
+        text = render(messages, None)
+        if all(other == messages or text != render(other, None) for other in (without_calls, without_results)):
+            return text
+    except InvalidRequestError:
+        pass
+    return render(written_out(messages, keys), None)
+
+
+def _render(tokenizer: Any, kwargs: Mapping[str, Any], messages: _Messages, shapes: list[dict[str, Any]] | None) -> str:
     settings = {"add_generation_prompt": True, **kwargs}
+    if shapes:
+        settings["tools"] = shapes
     refusal: Exception | None = None
     for attempt in (messages, _merged(messages), _without_system(_merged(messages))):
         try:

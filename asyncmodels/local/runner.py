@@ -18,6 +18,8 @@ __all__ = [
     "Detokenizes",
     "Ended",
     "Failed",
+    "MakesDetokenizers",
+    "NativeCalls",
     "Output",
     "Runner",
     "RunnerFactory",
@@ -39,13 +41,32 @@ class Detokenizes(Protocol):
         ...
 
 
+class MakesDetokenizers(Protocol):
+    def __call__(self, *, special_tokens: bool = False) -> Detokenizes:
+        """``special_tokens`` have a text, too, where they are asked for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class NativeCalls:
+    """The parser that a runtime has for the tool calls of its model, and the marks between which they stand.
+
+    ``read`` takes the text between the marks and the tools, in OpenAI's shape, and returns an object with ``name`` and
+    ``arguments``, or a list of such; whatever it raises says that the text is no call.
+    """
+
+    start: str
+    end: str
+    read: Callable[[str, list[dict[str, Any]]], Any]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerInfo:
     """What the engine must know of a loaded model. Lengths are tokens."""
 
     tokenizer: Any = field(repr=False)
     """The tokenizer, in the shape of Hugging Face's; the engine copies it before use."""
-    detokenizer: Callable[[], Detokenizes] = field(repr=False)
+    detokenizer: MakesDetokenizers = field(repr=False)
     """Makes the detokenizer of one sequence; called and used on the owner thread."""
     context_length: int
     """How long prompt and answer may be together."""
@@ -61,6 +82,8 @@ class RunnerInfo:
     """Turns a grammar into what ``Sequence.constraint`` holds: called on a thread of the front, before the request is
     queued, for each request anew. Raises InvalidRequestError for a grammar that is wrong or too large. None where the
     runtime cannot constrain what it generates."""
+    native_calls: NativeCalls | None = field(default=None, repr=False)
+    """How the runtime itself reads the model's tool calls, where the tokenizer does not declare it."""
     device: str = "cpu"
     dtype: str = ""
     """Where the model runs and in which precision, for ``statistics()``."""

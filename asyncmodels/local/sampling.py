@@ -8,8 +8,9 @@ size, at any place in the batch and on any device. Tokens are chosen by the Gumb
 Sampled rows look at a few hundred candidates instead of sorting the vocabulary. That is exact: a row whose limits let
 in more than the candidates, or whose draw falls on a token outside of them, is done again over the whole vocabulary.
 
-Order, as in Transformers: penalties, temperature, top_k, top_p, min_p. Penalties count generated tokens, not the
-prompt's. Log-probabilities are those of the model, before any of this.
+Order, as in Transformers: penalties, what a grammar bans, temperature, top_k, top_p, min_p. Penalties count generated
+tokens, not the prompt's. Log-probabilities are those of the model, before any of this: under a grammar, too, they say
+how likely the model itself found what it was made to say.
 """
 
 from __future__ import annotations
@@ -56,14 +57,20 @@ class Sampler:
     def clear(self) -> None:
         self._states.clear()
 
-    def sample(self, logits: torch.Tensor, rows: Rows[Sequence]) -> list[Sampled]:
-        """One token for each row of ``logits`` [rows, vocabulary], with one copy from the device."""
+    def sample(self, logits: torch.Tensor, rows: Rows[Sequence], banned: torch.Tensor | None = None) -> list[Sampled]:
+        """One token for each row of ``logits`` [rows, vocabulary], with one copy from the device.
+
+        ``banned``, of the same shape, is true where a token must not be chosen; each row must have another one.
+        """
         if all(row.sampling.greedy and not row.sampling.penalised and row.sampling.logprobs is None for row in rows):
-            return list(map(Sampled, rows, logits.argmax(dim=-1).tolist()))
+            allowed = logits if banned is None else logits.masked_fill(banned, -torch.inf)
+            return list(map(Sampled, rows, allowed.argmax(dim=-1).tolist()))
         scores = logits.float()
         raw = scores
         if any(row.sampling.penalised for row in rows):
             scores = self._penalise(scores, rows)
+        if banned is not None:
+            scores = scores.masked_fill(banned, -torch.inf)
         sampled = [index for index, row in enumerate(rows) if not row.sampling.greedy]
         tokens = scores.argmax(dim=-1)
         redo = torch.zeros_like(tokens, dtype=torch.bool)
@@ -119,14 +126,16 @@ class Sampler:
         logp = best - scores.logsumexp(dim=-1, keepdim=True)
         keep = limits.keep(best, logp)
         limited = ~limits.unlimited
-        again = keep[:, -1] & limited if width < vocabulary else torch.zeros_like(limited)
+        # Beyond what is banned there is nothing to look for.
+        more = best > -torch.inf
+        again = keep[:, -1] & more[:, -1] & limited if width < vocabulary else torch.zeros_like(limited)
         keys = self._keys(rows, scores.device)
         if vocabulary > self._candidates:
             # Without limits the first number decides between the candidates and the tail, the others inside of either.
             keep &= limited.unsqueeze(-1) | (best > best[:, self._candidates - 1, None])
             inside = logp.exp().masked_fill(~keep, 0.0).sum(dim=-1)
             place = _uniform(keys, torch.tensor([[_TAIL]], device=ids.device)).squeeze(-1)
-            again |= ~limited & (place >= inside)
+            again |= ~limited & (place >= inside) & more[:, self._candidates - 1]
         scored = logp.add(_gumbel(keys, ids)).masked_fill(~keep, -torch.inf)
         return ids.gather(-1, scored.argmax(dim=-1, keepdim=True)).squeeze(-1), again
 

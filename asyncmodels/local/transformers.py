@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.local.backend import (
     EngineBackend,
     EngineOptions,
@@ -37,8 +37,10 @@ class TransformersBackend(EngineBackend):
 
     capabilities = Capabilities(
         sampling=ALL_SAMPLING,
-        tool_choice=frozenset(),
+        tools=True,
         logprobs=True,
+        response_format=True,
+        grammars=ALL_GRAMMARS,
         extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
     )
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from asyncmodels.errors import UnsupportedError
+from asyncmodels.local.batch_grammars import BatchGrammars, Masks
 from asyncmodels.local.detokenizer import make_detokenizer
+from asyncmodels.local.grammar import GrammarCompiler
 from asyncmodels.local.kv import BatchCache, layer_windows
 from asyncmodels.local.memory import free_host_memory
 from asyncmodels.local.prefill import plan_prefill
-from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo, Sampled
+from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo
 from asyncmodels.local.sampling import Sampler
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
 from asyncmodels.local.weights import Weights, WeightsSpec, load_weights, shared_weights
@@ -57,6 +59,7 @@ class TransformersRunner(Runner):
         self._accepts: frozenset[str] = frozenset()
         self._device = torch.device("cpu")
         self._sampler = Sampler()
+        self._grammars: BatchGrammars | None = None
         self._pending: list[_Prefill] = []
         self._rows: list[Sequence] = []
         self._cache: BatchCache | None = None
@@ -72,15 +75,19 @@ class TransformersRunner(Runner):
         if self._prefill_tokens is None:
             self._prefill_tokens = _PREFILL_TOKENS.get(self._device.type, 512)
         with torch.inference_mode(), weights.lock:
-            bytes_per_token = self._try_out()
+            bytes_per_token, vocabulary = self._try_out()
+        eos_token_ids = _eos_token_ids(model, tokenizer)
+        compiler = GrammarCompiler(tokenizer, vocabulary, eos_token_ids)
+        self._grammars = BatchGrammars(compiler.n_vocab)
         return RunnerInfo(
             tokenizer=tokenizer,
             detokenizer=make_detokenizer(tokenizer),
             context_length=_context_length(model, tokenizer),
-            eos_token_ids=_eos_token_ids(model, tokenizer),
+            eos_token_ids=eos_token_ids,
             sampling=_sampling_defaults(model.generation_config),
             max_tokens=max(1, int(_free_memory(self._device) * _MEMORY_SHARE / bytes_per_token)),
             padded=True,
+            compile_grammar=compiler.compile,
             device=str(self._device),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -93,12 +100,14 @@ class TransformersRunner(Runner):
 
     def close(self) -> None:
         self.reset()
+        if self._grammars is not None:
+            self._grammars.close()
         self._weights = None
 
-    def _try_out(self) -> int:
-        """Sends one token through the model, and returns how many bytes of KV memory it took."""
+    def _try_out(self) -> tuple[int, int]:
+        """Sends one token through the model. Returns how many bytes of KV memory it took, and how wide logits are."""
         cache = BatchCache(self._windows)
-        self._forward(torch.zeros((1, 1), dtype=torch.long, device=self._device), cache)
+        logits = self._forward(torch.zeros((1, 1), dtype=torch.long, device=self._device), cache)
         size = 0
         for layer in cache.layers:
             if not layer.is_initialized:
@@ -108,7 +117,7 @@ class TransformersRunner(Runner):
                 )
             for states in (layer.keys, layer.values):
                 size += states.shape[1] * states.shape[3] * states.element_size()
-        return size
+        return size, logits.shape[-1]
 
     @property
     def _model(self) -> Any:
@@ -144,15 +153,24 @@ class TransformersRunner(Runner):
                 outputs += self._prefill()
         return outputs
 
-    def _decode(self) -> list[Sampled]:
+    def _decode(self) -> list[Output]:
         assert self._cache is not None  # noqa: S101  # there are rows
         rows = self._rows
+        masks = self._masks(rows)
         width = self._cache.width
         lengths = [_cached(row) for row in rows]
         tokens, positions = torch.tensor([[row.output[-1] for row in rows], lengths], device=self._device)
         pads = [width - length for length in lengths]
         logits = self._forward(tokens[:, None], self._cache, positions[:, None], self._mask(pads, width + 1))
-        return self._sampler.sample(logits, rows)
+        return self._sample(logits, rows, masks)
+
+    def _masks(self, rows: list[Sequence]) -> Masks | None:
+        """What the grammars of ``rows`` let them say next; it is found out while the model runs."""
+        assert self._grammars is not None  # noqa: S101  # load() makes it
+        return self._grammars.begin(rows)
+
+    def _sample(self, logits: torch.Tensor, rows: list[Sequence], masks: Masks | None) -> list[Output]:
+        return [*self._sampler.sample(logits, rows)] if masks is None else masks.sample(self._sampler, logits)
 
     # -- prefill ------------------------------------------------------------------------------------------------------
 
@@ -173,21 +191,23 @@ class TransformersRunner(Runner):
 
     def _prefill_together(self, items: list[_Prefill]) -> list[Output]:
         """Whole prompts. When they fail together, each is tried alone, so that only the one at fault fails."""
-        prompts = [item.sequence.prompt for item in items]
+        rows = [item.sequence for item in items]
+        prompts = [row.prompt for row in rows]
         width = max(map(len, prompts))
         pads = [width - len(prompt) for prompt in prompts]
         try:
             ids = torch.tensor([(0,) * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
             positions = (torch.arange(width)[None] - torch.tensor(pads)[:, None]).clamp(min=0)
             cache = BatchCache(self._windows)
+            masks = self._masks(rows)
             logits = self._forward(ids.to(self._device), cache, positions.to(self._device), self._mask(pads, width))
-            outputs = self._sampler.sample(logits, [item.sequence for item in items])
+            outputs = self._sample(logits, rows, masks)
         except Exception as error:
             if len(items) == 1:
                 return [Failed(items[0].sequence, error)]
             return [output for item in items for output in self._prefill_together([item])]
-        self._join([item.sequence for item in items], cache)
-        return [*outputs]
+        self._join(rows, cache)
+        return outputs
 
     def _prefill_chunk(self, item: _Prefill, count: int) -> list[Output]:
         start, end = item.done, item.done + count
@@ -196,15 +216,16 @@ class TransformersRunner(Runner):
                 item.cache = BatchCache(self._windows)
             ids = torch.tensor([item.sequence.prompt[start:end]], device=self._device)
             positions = torch.arange(start, end, device=self._device)[None]
+            masks = None if end < len(item.sequence.prompt) else self._masks([item.sequence])
             logits = self._forward(ids, item.cache, positions)
             item.done = end
             if item.rest:
                 return []
-            outputs = self._sampler.sample(logits, [item.sequence])
+            outputs = self._sample(logits, [item.sequence], masks)
         except Exception as error:
             return [Failed(item.sequence, error)]
         self._join([item.sequence], item.cache)
-        return [*outputs]
+        return outputs
 
     def _join(self, sequences: list[Sequence], cache: BatchCache) -> None:
         if self._cache is None:

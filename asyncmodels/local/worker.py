@@ -17,12 +17,13 @@ from typing import Any
 from asyncmodels.clock import Clock
 from asyncmodels.errors import AsyncModelsError, ClosedError, EngineDeadError, EngineError, ModelLoadError
 from asyncmodels.local.job import Job
+from asyncmodels.local.notation import Keys
 from asyncmodels.local.prompt import PromptEncoder
 from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerFactory, RunnerInfo, RunnerLostError
 from asyncmodels.local.scheduler import Scheduler
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.signals import OneShot, Outbox
-from asyncmodels.types import Delta, FinishReason, Timing, Usage
+from asyncmodels.types import Delta, FinishReason, Timing, Usage, evolve
 
 __all__ = ["Ready", "Tally", "Worker", "WorkerSettings"]
 
@@ -40,6 +41,7 @@ class WorkerSettings:
     max_tokens: int | None
     max_restarts: int
     template_kwargs: Mapping[str, Any]
+    keys: Keys
     clock: Clock
 
 
@@ -176,7 +178,14 @@ class Worker:
         max_tokens = info.max_tokens if settings.max_tokens is None else settings.max_tokens
         max_rows = settings.max_rows if info.max_rows is None else min(settings.max_rows, info.max_rows)
         scheduler = Scheduler(max_rows=max_rows, max_tokens=max_tokens, padded=info.padded)
-        encoder = PromptEncoder(info.tokenizer, template_kwargs=settings.template_kwargs, name=settings.name)
+        encoder = PromptEncoder(
+            info.tokenizer,
+            template_kwargs=settings.template_kwargs,
+            compile_grammar=info.compile_grammar,
+            native_calls=info.native_calls,
+            keys=settings.keys,
+            name=settings.name,
+        )
         ready = Ready(info, encoder, scheduler)
         self.ready.set(ready)
         return ready
@@ -240,7 +249,8 @@ class Worker:
         for sequence in started:
             job = self._jobs[sequence]
             job.ticket.release(self._outbox.post)
-            job.detokenizer = ready.info.detokenizer()
+            special = job.parser is not None and job.parser.special_tokens
+            job.detokenizer = ready.info.detokenizer(special_tokens=special)
         runner.insert(started)
 
     def _tally_step(self, scheduler: Scheduler) -> None:
@@ -277,26 +287,21 @@ class Worker:
         self.tally.tokens += 1
         reason = job.take(output, ready.info.eos_token_ids, lambda token: ready.info.tokenizer.decode([token]))
         if reason is None:
-            if job.streaming:
-                text, logprobs = job.drain()
-                if text or logprobs:
-                    self._outbox.post(
-                        job.handle.loop, job.handle.deliver, Delta(content=text, logprobs=logprobs), False
-                    )
+            delta = job.drain() if job.streaming else None
+            if delta is not None:
+                self._outbox.post(job.handle.loop, job.handle.deliver, delta, False)
             return False
         self._finish(job, reason, ready.scheduler, now)
         return True
 
     def _finish(self, job: Job, reason: FinishReason, scheduler: Scheduler, now: float) -> None:
         sequence = job.sequence
-        text, logprobs = job.drain()
         started = now if sequence.started_at is None else sequence.started_at
         first = now if sequence.first_token_at is None else sequence.first_token_at
-        delta = Delta(
-            content=text,
-            logprobs=logprobs,
+        delta = evolve(
+            job.drain() or Delta(),
             finish_reason=reason,
-            usage=Usage(len(sequence.prompt), len(sequence.output), sequence.cached),
+            usage=Usage(len(sequence.prompt), len(sequence.output), sequence.cached, job.reasoning_tokens),
             model=self.settings.model_id,
             id=sequence.id,
             timing=Timing(

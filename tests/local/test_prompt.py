@@ -35,7 +35,7 @@ def encoder(own_tokenizer: Any) -> Iterator[PromptEncoder]:
 
 
 async def text(encoder: PromptEncoder, tokenizer: Any, *messages: Message, **fields: Any) -> str:
-    decoded: str = tokenizer.decode(await encoder.encode(Request(messages=messages, **fields)))
+    decoded: str = tokenizer.decode((await encoder.prepare(Request(messages=messages, **fields))).prompt)
     return decoded
 
 
@@ -55,7 +55,7 @@ async def test_developers_are_system_and_parts_are_text(encoder: PromptEncoder, 
 async def test_many_at_once(encoder: PromptEncoder, own_tokenizer: Any) -> None:
     """Hundreds of prompts encoded at once come out right, each for its own request."""
     requests = [Request(messages=(Message("user", f"prompt {index} " * 20),)) for index in range(200)]
-    encoded = await asyncio.gather(*map(encoder.encode, requests))
+    encoded = [prepared.prompt for prepared in await asyncio.gather(*map(encoder.prepare, requests))]
     expected = [
         f"<|start|>user\n{f'prompt {index} ' * 20}<|end|><|start|>assistant\n" for index in range(len(requests))
     ]

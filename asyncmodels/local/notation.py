@@ -1,0 +1,158 @@
+"""How a model writes its calls and its reasoning, and who can read that.
+
+In this order: what the tokenizer declares of itself (a response template), the parser that the runtime has for the
+model, a row of our own table for the model's family, and what every model can be told: a JSON object between
+``<tool_call>`` and ``</tool_call>``. Reasoning stands between ``<think>`` and ``</think>`` where the chat template has
+them, unless a declaration says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from asyncmodels.local.answer_parser import AnswerParser, Region, RegionParser
+from asyncmodels.local.response_templates import ROWS
+from asyncmodels.local.runner import NativeCalls
+from asyncmodels.local.template_parser import TemplateParser
+from asyncmodels.local.written_calls import Call, NotACallError, Reader, as_call, json_reader
+
+__all__ = ["OWN", "Keys", "Notation", "notation_of"]
+
+OWN = Region("<tool_call>", "</tool_call>")
+"""Our own marks of a call, for models that have none, or whose are not known."""
+_THOUGHT = Region("<think>", "</think>")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What the tool's name and its arguments are called in our own notation."""
+
+    name: str = "name"
+    arguments: str = "arguments"
+
+    @property
+    def reader(self) -> Reader:
+        """Reads what is written in these words, and in those that models know best."""
+        return json_reader([self.name, "name"], [self.arguments, "arguments", "parameters"])
+
+
+@dataclass(frozen=True, slots=True)
+class Notation:
+    """One model's. At most one of ``template`` (a response template), ``native`` and ``json`` tells of its calls.
+
+    ``json`` says that its own calls are written as ours are.
+    """
+
+    thought: Region | None = None
+    template: Mapping[str, Any] | None = None
+    native: NativeCalls | None = None
+    json: bool = False
+
+    @property
+    def calls(self) -> bool:
+        """Whether the model's own calls can be read."""
+        declared = self.template is not None and "tool_calls" in self.template["fields"]
+        return declared or self.native is not None or self.json
+
+    def opened(self, prompt: str) -> bool:
+        """Whether the end of the prompt has opened the reasoning already."""
+        return self.thought is not None and prompt.rstrip().endswith(self.thought.open.rstrip())
+
+    def plain_parser(self, tokenizer: Any, prompt: str) -> AnswerParser | None:
+        """Reads an answer without tools; None where there is nothing but content."""
+        if self.template is not None:
+            fields = {name: item for name, item in self.template["fields"].items() if name != "tool_calls"}
+            if not fields.keys() & set(_REASONING):
+                return None
+            return _template_parser(tokenizer, {**self.template, "fields": fields}, prompt, None)
+        return None if self.thought is None else self._regions(tokenizer, prompt, None)
+
+    def native_parser(self, tokenizer: Any, prompt: str, tools: list[dict[str, Any]]) -> AnswerParser:
+        """Reads an answer with calls in the model's own notation."""
+        if self.template is not None:
+            return _template_parser(tokenizer, self.template, prompt, tools)
+        if self.native is not None:
+            region = Region(self.native.start, self.native.end)
+            return self._regions(tokenizer, prompt, region, _native_reader(self.native, tools))
+        return self._regions(tokenizer, prompt, OWN)
+
+    def own_parser(self, tokenizer: Any, prompt: str, keys: Keys, names: frozenset[str]) -> AnswerParser:
+        """Reads an answer with calls in our notation, or, as a whole, a call of one of ``names`` without marks."""
+        return self._regions(tokenizer, prompt, OWN, keys.reader, names)
+
+    def _regions(
+        self,
+        tokenizer: Any,
+        prompt: str,
+        call: Region | None,
+        read: Reader | None = None,
+        names: frozenset[str] = frozenset(),
+    ) -> RegionParser:
+        special = set(getattr(tokenizer, "all_special_tokens", ()))
+        regions = [region for region in (self.thought, call) if region is not None]
+        return RegionParser(
+            thought=self.thought,
+            call=call,
+            read=read or Keys().reader,
+            inside=self.opened(prompt),
+            bare_names=names,
+            special_tokens=any(mark.strip() in special for region in regions for mark in (region.open, region.close)),
+        )
+
+
+def notation_of(tokenizer: Any, native: NativeCalls | None = None) -> Notation:
+    """What is known of the model that ``tokenizer`` belongs to; ``native`` is what its runtime knows."""
+    text = _chat_template(tokenizer)
+    thought = _THOUGHT if _THOUGHT.open in text and _THOUGHT.close in text else None
+    readable = hasattr(tokenizer, "get_response_parser")
+    declared = getattr(tokenizer, "response_template", None)
+    if declared is not None and readable:
+        return Notation(_thought(declared), template=declared)
+    if native is not None:
+        return Notation(thought, native=native)
+    for row in ROWS:
+        if row.fits(text):
+            if row.template is None:
+                return Notation(thought, json=True)
+            if readable:
+                return Notation(_thought(row.template), template=row.template)
+    return Notation(thought)
+
+
+def _thought(template: Mapping[str, Any]) -> Region | None:
+    declared = next((template["fields"][name] for name in _REASONING if name in template["fields"]), None)
+    if declared is None or not isinstance(declared.get("open"), str) or not isinstance(declared.get("close"), str):
+        return None
+    return Region(declared["open"], declared["close"])
+
+
+def _chat_template(tokenizer: Any) -> str:
+    """All that the chat templates of ``tokenizer`` say."""
+    template = getattr(tokenizer, "chat_template", None) or ""
+    return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template)
+
+
+def _template_parser(
+    tokenizer: Any, template: Mapping[str, Any], prompt: str, tools: list[dict[str, Any]] | None
+) -> TemplateParser:
+    events = tokenizer.get_response_parser(dict(template), prefix=prompt, tools=tools)
+    calls = template["fields"].get("tool_calls", {})
+    return TemplateParser(
+        events,
+        reasons=any(name in template["fields"] for name in _REASONING),
+        ended="close" in calls or "close_pattern" in calls,
+    )
+
+
+def _native_reader(native: NativeCalls, tools: list[dict[str, Any]]) -> Reader:
+    def read(text: str) -> Sequence[Call]:
+        try:
+            value = native.read(text, tools)
+        except Exception as error:  # the runtime's own parsers raise what they like for a text that is no call
+            raise NotACallError(str(error)) from error
+        return [as_call(item, ["name"], ["arguments"]) for item in (value if isinstance(value, list) else [value])]
+
+    return read
