@@ -402,7 +402,8 @@ def _charge_for(error: BaseException, *, sent: bool) -> Charge:
     if isinstance(error, ContentFilterError | ContextLengthError):
         return "input"  # it was read before it was refused, and some providers bill that
     if isinstance(error, ServerError):
-        return "everything" if isinstance(error, ServerTimeoutError) else "nothing"
+        # Without a status it came inside of an answer that had begun.
+        return "everything" if error.status is None or isinstance(error, ServerTimeoutError) else "nothing"
     return "nothing" if isinstance(error, _REFUSALS) else "everything"
 
 
