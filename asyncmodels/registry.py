@@ -87,6 +87,12 @@ _TABLE = (
         "mlx",
         "a model folder or Hugging Face id, on MLX: a Mac's GPU, CUDA, or Linux' CPU",
     ),
+    Scheme(
+        "vllm",
+        "asyncmodels.local.vllm:VLLMModel",
+        "vllm",
+        "a model folder or Hugging Face id, on vLLM's engine, on one machine or several",
+    ),
     Scheme("smollm", "asyncmodels.local.smollm:SmolLMModel", "smollm", "the embedded SmolLM2-135M-Instruct", False),
     *(
         Scheme(name, "asyncmodels.remote.openai:OpenAIModel", "openai", description, params={"provider": name})

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import asyncmodels
+from tests.local.on_vllm.marks import VLLM
 
 NAMES = [
     "Allowance",
@@ -158,14 +159,12 @@ ON_TORCH = {
         "sampling",
         "smollm_convert",
         "transformers_runner",
-        "vllm_arguments",
-        "vllm_runner",
-        "vllm_sampling",
-        "vllm_statistics",
         "weights",
     )
 }
-"""Or on MLX or vLLM: modules that take seconds to import."""
+"""Or on MLX: modules that take seconds to import."""
+ON_VLLM = {f"asyncmodels.local.vllm_{name}" for name in ("arguments", "runner", "sampling", "statistics")}
+"""Modules that take longer still, where they can be imported at all."""
 
 
 def test_the_names_are_these() -> None:
@@ -243,7 +242,11 @@ def test_the_version_is_that_of_the_installed_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.model] * (name in ON_TORCH)) for name in MODULES]
+    "name",
+    [
+        pytest.param(name, marks=VLLM * (name in ON_VLLM) + (pytest.mark.model,) * (name in ON_TORCH))
+        for name in MODULES
+    ],
 )
 def test_every_module_says_what_is_public_in_it(name: str) -> None:
     """Each module has a docstring and, unless it is empty, an __all__ without duplicates whose names exist."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.local.backend import EngineBackend, EngineOptions, LocalModel, check_keywords, check_model, require
 from asyncmodels.local.folder import model_source
@@ -31,8 +31,10 @@ class VLLMBackend(EngineBackend):
 
     capabilities = Capabilities(
         sampling=ALL_SAMPLING,
-        tool_choice=frozenset(),
+        tools=True,
         logprobs=True,
+        response_format=True,
+        grammars=ALL_GRAMMARS,
         extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
     )
 

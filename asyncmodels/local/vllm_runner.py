@@ -26,7 +26,7 @@ from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerInfo, 
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
 from asyncmodels.local.vllm import UNGUARDED
 from asyncmodels.local.vllm_arguments import engine_arguments
-from asyncmodels.local.vllm_sampling import sampled, sampling_params
+from asyncmodels.local.vllm_sampling import priority, sampled, sampling_params, structured_outputs
 from asyncmodels.local.vllm_statistics import VLLMStatistics
 
 __all__ = ["VLLMRunner"]
@@ -85,6 +85,7 @@ class VLLMRunner(Runner):
             eos_token_ids=_eos_token_ids(config, engine.renderer.get_eos_token_id()),
             sampling=_sampling_defaults({**config, **model.override_generation_config}),
             padded=False,
+            compile_grammar=structured_outputs,
             device=str(current_platform.device_type),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -167,8 +168,8 @@ class VLLMRunner(Runner):
         try:
             prompt = tokens_input(list(sequence.prompt), cache_salt=sequence.cache_salt)
             params = sampling_params(sequence, vocabulary=self._vocabulary)
-            priority = -sequence.priority  # vLLM's lowest goes first
-            async with aclosing(self._engine.generate(prompt, params, sequence.id, priority=priority)) as outputs:
+            generator = self._engine.generate(prompt, params, sequence.id, priority=priority(sequence))
+            async with aclosing(generator) as outputs:
                 async for output in outputs:
                     if sequence not in self._followed:
                         return
@@ -246,8 +247,9 @@ def _why(error: BaseException) -> str:
             'put what starts it under `if __name__ == "__main__":`.'
         )
     details = getattr(error, "errors", None)  # pydantic's errors: the sentence stands in the middle of a report
-    text = str(details()[0]["msg"]) if callable(details) else str(error)
-    line = text.strip().partition("\n")[0].rstrip(".")
+    # The first argument is the sentence without the names and values that vLLM prints after it.
+    text = details()[0]["msg"] if callable(details) else "".join(map(str, error.args[:1]))
+    line = str(text).strip().partition("\n")[0].rstrip(".")
     return f"{line or type(error).__name__}."
 
 

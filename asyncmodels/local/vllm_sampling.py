@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+from asyncmodels.local.grammar import validate
 from asyncmodels.local.runner import Sampled
 from asyncmodels.local.sequence import Sequence
+from asyncmodels.types import Choice, Grammar, JSONSchema, Regex
 
-__all__ = ["sampled", "sampling_params"]
+__all__ = ["priority", "sampled", "sampling_params", "structured_outputs"]
 
 _LARGEST = 2**63 - 1
 """Whole numbers travel to the engine's process in 64 bits."""
+
+
+def priority(sequence: Sequence) -> int:
+    """vLLM's lowest goes first."""
+    return -max(-_LARGEST, min(sequence.priority, _LARGEST))
 
 
 def sampling_params(sequence: Sequence, *, vocabulary: int) -> SamplingParams:
@@ -38,6 +45,18 @@ def sampling_params(sequence: Sequence, *, vocabulary: int) -> SamplingParams:
         detokenize=False,
         skip_clone=True,
     )
+
+
+def structured_outputs(grammar: Grammar) -> Mapping[str, Any]:
+    """``grammar`` in vLLM's words. Raises InvalidRequestError and UnsupportedError as ``validate`` does."""
+    normal = validate(grammar)
+    if isinstance(normal, JSONSchema):
+        return {"json": dict(normal.schema)}
+    if isinstance(normal, Regex):
+        return {"regex": normal.pattern}
+    if isinstance(normal, Choice):
+        return {"choice": list(normal.options)}
+    return {"grammar": normal.grammar}
 
 
 def sampled(sequence: Sequence, completion: Any) -> Iterator[Sampled]:

@@ -23,6 +23,15 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def kept_vllm() -> Iterator[None]:
+    """vLLM's processes, which start when a case first needs them and last for the whole run."""
+    from tests.local.on_vllm.kept import end_kept_runner
+
+    yield
+    end_kept_runner()
+
+
+@pytest.fixture(scope="session")
 def tiny_weights() -> Iterator[Any]:
     """The WeightsSpec of a tiny Llama on the CPU, whose shared weights stay loaded for the whole run."""
     from asyncmodels.local.weights import WeightsSpec, shared_weights

@@ -13,17 +13,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.local.tiny import CONTEXT, build_tokenizer
 
 
-def build_tiny_model(folder: Path) -> Path:
-    """Writes a random Llama of two layers. Its logits are far apart, so that greedy decoding is stable."""
+def build_tiny_model(folder: Path, **changes: int) -> Path:
+    """Writes a random Llama of two layers. Its logits are far apart, so that greedy decoding is stable.
+
+    ``changes`` are made to its sizes.
+    """
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, **changes}
     config = LlamaConfig(
+        **sizes,
         vocab_size=len(tokenizer),
-        hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
         initializer_range=0.5,
         bos_token_id=0,
