@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 from types import TracebackType
 from typing import Literal, TypeAlias
 
@@ -148,7 +149,7 @@ class Budget(Policy):
 
     def stand(self, request: Request) -> Stand:
         """Where a call stands in the book, and in those of the runs that it belongs to."""
-        agent, model = request.agent, self._origin.model
+        agent, model = request.agent, self._origin.model or "unknown"
         stand = self._stands.get(agent)
         if stand is None:
             stand = self._stands[agent] = self.spending.stand(agent, model).and_those([Stand((), [self._mine])])
@@ -233,6 +234,8 @@ class _Call(Record):
         size, output, self._writes_cache = worst_case(request, policy._per_image)
         if policy._count_input is not None:
             size = policy._count_input(request)
+            if not isinstance(size, int) or size < 0:
+                raise ConfigurationError(f"count_input must return a whole number of at least 0, not {size!r}.")
         self._input = size
         if output is None:
             output = policy.most_output(tariff, stand)
@@ -291,14 +294,14 @@ class _Call(Record):
     def failed(self, error: BaseException) -> None:
         """Charges a call that failed before anything of its answer was seen."""
         if isinstance(error, GeneratorExit):
-            self.abandoned()
+            # Closed by the garbage collector, in whatever context: there is no record of ours to take away.
+            self.later(partial(self.charge, "everything" if self._sent else "nothing"))
             return
         self.left()
         self.charge(_charge_for(error, sent=self._sent))
 
-    def abandoned(self, bytes_seen: int = 0) -> None:
-        """Closed by the garbage collector, in whatever context: there is no record of ours to take away."""
-        self._reservation.later(lambda: self.charge("everything" if self._sent else "nothing", bytes_seen))
+    def later(self, then: Callable[[], None]) -> None:
+        self._reservation.later(then)
 
     def refused(self, error: BaseException) -> None:
         """Charges a stream that was opened and failed before its first delta."""
@@ -352,7 +355,7 @@ class _BudgetedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         failure, deltas.failure = deltas.failure, None
         try:
             if isinstance(error, GeneratorExit):
-                call.abandoned(deltas.size)
+                call.later(partial(call.ended, deltas.usage, bytes_seen=deltas.size))
             elif deltas.cached:
                 call.settle(0, 0)
             elif failure is not None and not deltas.begun:

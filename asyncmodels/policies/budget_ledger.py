@@ -200,7 +200,7 @@ class _Ledger:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self._arrivals = count()
-        self._late: deque[Callable[[], None]] = deque()
+        self.late: deque[Callable[[], None]] = deque()
 
     def reserve(self, stand: Stand, money: int, tokens: int, *, priority: int, wait: bool) -> Reservation | Waiter:
         with self.lock:
@@ -237,7 +237,7 @@ class _Ledger:
                     tally.overruns += money > reservation.money or tokens > reservation.tokens
             if self._settle(reservation, money, tokens):
                 woken = self._look_at(reservation.stand.accounts)
-        if woken or self._late:
+        if woken or self.late:
             self._wake(woken)
 
     def leave(self, waiter: Waiter) -> None:
@@ -255,14 +255,14 @@ class _Ledger:
         self._wake(woken)
 
     def later(self, then: Callable[[], None]) -> None:
-        self._late.append(then)
+        self.late.append(then)
         self.catch_up()
 
     def catch_up(self) -> None:
         """Does what had to wait for the lock: whoever held it comes by here after he has let go of it."""
-        while self._late and not self.lock.locked():
+        while self.late and not self.lock.locked():
             try:
-                then = self._late.popleft()
+                then = self.late.popleft()
             except IndexError:  # another thread was faster
                 return
             then()
@@ -341,7 +341,7 @@ class _Ledger:
         for waiter in woken:
             if not waiter.wake():
                 self.leave(waiter)
-        if self._late:
+        if self.late:
             self.catch_up()
 
 
@@ -368,4 +368,8 @@ def reserve(stand: Stand, money: int, tokens: int, *, priority: int = 0, wait: b
 
     Raises BudgetExceededError where it can never fit, or does not now and may not ``wait``.
     """
-    return _ledger.reserve(stand, money, tokens, priority=priority, wait=wait)
+    try:
+        return _ledger.reserve(stand, money, tokens, priority=priority, wait=wait)
+    finally:
+        if _ledger.late:
+            _ledger.catch_up()

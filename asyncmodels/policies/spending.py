@@ -70,7 +70,8 @@ class Spending:
 
     ``money`` is in ``currency``; ``tokens`` are input and output together. ``per_agent`` and ``per_model`` are one
     SpendingLimit for each, or a mapping with those of some; a request that names no agent has no agent's limit. What is
-    spent here is spent ``within`` another Spending as well, where one is given. Without limits it is only counted.
+    spent here is spent ``within`` another Spending as well, where one is given. Without limits it is only counted. A
+    Spending keeps a line for each agent and model that it has seen: an agent is a name, not the number of a request.
 
     A Spending can be entered, for one run of something that uses models with budgets of their own: what they are asked
     for in there, tasks that are started there included, is spent in it, too::

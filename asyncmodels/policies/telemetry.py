@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -101,7 +102,8 @@ class Telemetry(Policy):
         if not self._looks_for_spans:
             self._always = (*self._always, _spans(tracer_provider, meter_provider, prompts=prompts))
         self._quiet = Watchers(self._always, self._logger)
-        self._loud = Watchers((*self._always, self._log), self._logger)
+        self._loud = Watchers((*self._always, self._log), self._logger, like=self._quiet)
+        self._lock = threading.Lock()
         self._next_look = -math.inf
         self._origin: Origin | None = None
         self._told = 0
@@ -150,11 +152,13 @@ class Telemetry(Policy):
         from asyncmodels.policies.telemetry_spans import spans_of_the_program
 
         spans = spans_of_the_program(prompts=self._prompts)
-        if spans is not None:
-            self._looks_for_spans = False
+        with self._lock:
+            if spans is None or not self._looks_for_spans:
+                return
             self._always = (*self._always, spans)
-            self._quiet = Watchers(self._always, self._logger)
-            self._loud = Watchers((*self._always, self._log), self._logger)
+            self._quiet = Watchers(self._always, self._logger, like=self._quiet)
+            self._loud = Watchers((*self._always, self._log), self._logger, like=self._quiet)
+            self._looks_for_spans = False
 
     def _call(self, watchers: Watchers, request: Request, *, streaming: bool) -> Call:
         origin = self._origin

@@ -43,19 +43,28 @@ class Watcher:
     def ended(self, call: Call) -> None: ...
 
 
+_TOLD = [name for name in vars(Watcher) if not name.startswith("_")]
+
+
 class Watchers:
     """All of them together; a mistake of one is logged once, and the others are told nevertheless."""
 
-    def __init__(self, watchers: Sequence[Watcher], logger: logging.Logger) -> None:
+    def __init__(self, watchers: Sequence[Watcher], logger: logging.Logger, *, like: Watchers | None = None) -> None:
+        """``like`` are others of the same policy, who share with these what is late and whom to blame no more."""
         self.watchers = tuple(watchers)
+        # Of each thing that happens, who wants to know: what a class does not say itself it does not want to.
+        self._methods = {
+            name: [(watcher, getattr(watcher, name)) for watcher in watchers if name in type(watcher).__dict__]
+            for name in _TOLD
+        }
         self._logger = logger
-        self._blamed: set[Watcher] = set()
-        self._late: deque[Callable[[], None]] = deque()
+        self._blamed: set[Watcher] = set() if like is None else like._blamed
+        self._late: deque[Callable[[], None]] = deque() if like is None else like._late
 
-    def tell(self, what: Callable[[Watcher], None]) -> None:
-        for watcher in self.watchers:
+    def tell(self, what: str, *about: object) -> None:
+        for watcher, method in self._methods[what]:
             try:
-                what(watcher)
+                method(*about)
             except Exception:
                 if watcher not in self._blamed:
                     self._blamed.add(watcher)
@@ -93,7 +102,7 @@ class Attempt(AttemptRecord):
 
     def opened(self) -> None:
         self.opened_ = True
-        self._call.watchers.tell(lambda watcher: watcher.attempt_left(self._call, self))
+        self._call.watchers.tell("attempt_left", self._call, self)
         if self._outer is not None:
             self._outer.opened()
 
@@ -110,13 +119,13 @@ class Attempt(AttemptRecord):
             call.watchers.later(self._tell_end)
         else:
             if not self.opened_:
-                call.watchers.tell(lambda watcher: watcher.attempt_left(call, self))
+                call.watchers.tell("attempt_left", call, self)
             self._tell_end()
         if self._outer is not None:
             self._outer.ended(response, error)
 
     def _tell_end(self) -> None:
-        self._call.watchers.tell(lambda watcher: watcher.attempt_ended(self._call, self))
+        self._call.watchers.tell("attempt_ended", self._call, self)
         self.error = None  # whoever holds an error by its traceback must not be held by it
 
 
@@ -173,7 +182,7 @@ class Call(Record):
         if not self._under_way:
             self._under_way_since = attempt.started
         self._under_way += 1
-        self.watchers.tell(lambda watcher: watcher.attempt_started(self, attempt))
+        self.watchers.tell("attempt_started", self, attempt)
         return attempt
 
     def attempt_ended(self) -> None:
@@ -185,15 +194,15 @@ class Call(Record):
 
     def begin(self) -> None:
         self.watchers.catch_up()
-        self.watchers.tell(lambda watcher: watcher.started(self))
+        self.watchers.tell("started", self)
         self._outer = RECORD.get()
-        self.watchers.tell(lambda watcher: watcher.entered(self))
+        self.watchers.tell("entered", self)
         RECORD.set(self)
 
     def leave(self) -> None:
         """Ends what ``begin`` began in this context."""
         RECORD.set(self._outer)
-        self.watchers.tell(lambda watcher: watcher.left(self))
+        self.watchers.tell("left", self)
 
     def saw(self, delta: Delta) -> None:
         now = self.clock.time()
@@ -209,9 +218,9 @@ class Call(Record):
             self.cached = True
         if self.first_delta is None:
             self.first_delta = since
-            self.watchers.tell(lambda watcher: watcher.first_delta(self))
+            self.watchers.tell("first_delta", self)
         else:
-            self.watchers.tell(lambda watcher: watcher.next_delta(self, since))
+            self.watchers.tell("next_delta", self, since)
 
     def answered(self, response: Response) -> None:
         if isinstance(response, Response):  # what is none is refused further out
@@ -230,5 +239,5 @@ class Call(Record):
             self._tell_end()
 
     def _tell_end(self) -> None:
-        self.watchers.tell(lambda watcher: watcher.ended(self))
+        self.watchers.tell("ended", self)
         self.error = None

@@ -24,7 +24,7 @@ class Log(Watcher):
         return self._logger.isEnabledFor(logging.INFO)
 
     def attempt_ended(self, call: Call, attempt: Attempt) -> None:
-        if attempt.error is None:
+        if attempt.error is None or not self._logger.isEnabledFor(logging.DEBUG):
             return
         self._logger.debug(
             "Attempt %d at %s failed with %s after %.3f s.",

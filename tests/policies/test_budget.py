@@ -7,6 +7,7 @@ import gc
 import math
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -603,6 +604,7 @@ def test_what_a_dead_loop_held_comes_back() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"spending": Decimal("-1")}, "A limit of money must be a number"),
         ({"spending": "5"}, "A budget is an amount of money or a Spending"),
         ({"spending": True}, "A budget is an amount of money or a Spending"),
         ({"spending": -1}, "A limit of money must be a number"),
@@ -636,6 +638,45 @@ def test_bad_limits_are_refused(settings: dict[str, Any], sentence: str) -> None
     """The same for a Spending."""
     with pytest.raises(ConfigurationError, match=sentence):
         Spending(**settings)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, None])
+async def test_a_count_must_be_a_count(wrong: Any) -> None:
+    """What count_input returns is checked before anything is set aside."""
+    model = budget(1000, answer(), count_input=lambda request: wrong)
+    with pytest.raises(ConfigurationError, match="count_input must return a whole number"):
+        await model.generate(ask())
+    assert (now(model).reserved, sent(model)) == (0, 0)
+
+
+async def test_what_has_no_name_is_limited_as_unknown() -> None:
+    """A limit for each model holds for one whose name nobody says, too."""
+
+    class Nameless(ScriptedBackend):
+        def identity(self) -> dict[str, Any]:
+            return {}
+
+    spending = Spending(per_model=SpendingLimit(money=100))
+    settings: dict[str, Any] = {"prices": PER_TOKEN, "count_input": lambda request: INPUT}
+    model = Model(Nameless(answer()), partial(Budget, spending=spending, **settings))
+    with pytest.raises(BudgetExceededError, match="the budget of model 'unknown'"):
+        await model.generate(ask())
+
+
+async def test_what_the_collector_brings_back_in_the_middle_is_not_forgotten() -> None:
+    """A call that dies while another is just looking at the book is settled right after: nobody waits for it in
+    vain."""
+    from asyncmodels.policies import budget_ledger
+
+    spending = Spending(200)
+    model = budget(spending, answer())
+    held = budget_ledger.reserve(spending.stand(None, "scripted"), 150 * 10**12, 0)
+    assert isinstance(held, budget_ledger.Reservation)
+    with budget_ledger.looking():
+        held.later(lambda: held.settle(0, 0))
+        before = spending._total.reserved
+    assert (before, spending._total.reserved) == (150 * 10**12, 0)
+    await model.generate(ask())
 
 
 async def test_it_shows_itself_in_one_line() -> None:
