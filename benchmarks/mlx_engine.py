@@ -53,7 +53,7 @@ def build(folder: Path, hidden: int, layers: int) -> str:
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{"bos_token": "<s>", "eos_token": "</s>"})
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     config = {
@@ -82,7 +82,8 @@ def build(folder: Path, hidden: int, layers: int) -> str:
 
 
 def prompts(count: int) -> list[str]:
-    return [f"{number}. Tell me something about {TOPICS[number % len(TOPICS)]}." for number, _ in zip(NUMBERS, range(count))]
+    numbers = itertools.islice(NUMBERS, count)
+    return [f"{number}. Tell me something about {TOPICS[number % len(TOPICS)]}." for number in numbers]
 
 
 async def with_engine(backend: MLXBackend, texts: list[str], tokens: int) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.local.backend import (
     EngineBackend,
@@ -38,8 +38,10 @@ class MLXBackend(EngineBackend):
 
     capabilities = Capabilities(
         sampling=ALL_SAMPLING,
-        tool_choice=frozenset(),
+        tools=True,
         logprobs=True,
+        response_format=True,
+        grammars=ALL_GRAMMARS,
         extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
     )
 
@@ -47,8 +49,6 @@ class MLXBackend(EngineBackend):
         self,
         model_id: str,
         *,
-        tool_name_key: str = "name",
-        tool_arguments_key: str = "arguments",
         trust_remote_code: bool = False,
         load_kwargs: Mapping[str, Any] | None = None,
         apply_chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -65,20 +65,12 @@ class MLXBackend(EngineBackend):
             raise ConfigurationError(f"load_kwargs cannot set {', '.join(taken)}: that is the engine's own.")
         check_whole("prefill_step_size", prefill_step_size)
         check_whole("prompt_cache_bytes", prompt_cache_bytes, least=0, optional=True)
-        self.tool_name_key = _key("tool_name_key", tool_name_key)
-        self.tool_arguments_key = _key("tool_arguments_key", tool_arguments_key)
         factory = _factory(
             model_id,
             {"trust_remote_code": trust_remote_code, "load_kwargs": dict(load_kwargs or {})},
             {"prefill_step_size": prefill_step_size, "prompt_cache_bytes": prompt_cache_bytes},
         )
         super().__init__(factory, model_id=model_id, apply_chat_template_kwargs=apply_chat_template_kwargs, **options)
-
-
-def _key(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigurationError(f"{name} must be a key of the JSON that the model writes for a call, not {value!r}.")
-    return value
 
 
 def _factory(model_id: str, weights: dict[str, Any], settings: dict[str, Any]) -> Callable[[], Runner]:
@@ -104,7 +96,7 @@ class MLXModel(LocalModel):
     MLX does: on the GPU of a Mac (``pip install mlx``), on CUDA (``mlx[cuda13]``) and on Linux' CPU (``mlx[cpu]``, slow
     for checkpoints in half precision).
 
-    ``tool_name_key`` and ``tool_arguments_key`` are the keys of the JSON in which the model writes the call of a tool.
+    ``tool_name_key`` and ``tool_arguments_key`` are the words of a call for models whose chat template has no tools.
     ``load_kwargs`` go to ``mlx_lm.load`` (``adapter_path``, ``revision``, ``tokenizer_config``, ``model_config``),
     ``apply_chat_template_kwargs`` to the chat template. ``max_new_tokens`` is for calls without ``max_tokens``. Any
     field of ``Request`` can be given as a default for every call.

@@ -40,7 +40,7 @@ _PREFIX_SHARE = 0.1
 _NOBODY_WAITS = 4
 """How many times as much a step prefills while nobody decodes, who would have to wait for it."""
 _TOGETHER = 4
-"""So many prompts are prefilled together, however long they are: a short one does not wait for the end of a long one."""
+"""So many prompts are prefilled together, however long: a short one does not wait for the end of a long one."""
 _UNLIMITED = 2**30
 _WORTH_SHARING = 64
 """A prompt of which so many tokens were new is kept as soon as it was worked off, for those that come meanwhile."""
@@ -98,6 +98,7 @@ class MLXRunner(Runner):
             max_tokens=max(1, int(free * _MEMORY_SHARE / bytes_per_token)) if bytes_per_token else None,
             padded=weights.batchable,
             compile_grammar=GrammarCompiler(tokenizer, width, weights.eos_token_ids).compile,
+            native_calls=weights.native_calls,
             max_rows=None if weights.batchable else 1,
             device=mx.default_device().type.name,
             dtype=weights.dtype,

@@ -127,10 +127,10 @@ class Report:
     def read(arrays: list[mx.array]) -> tuple[float, tuple[tuple[int, float], ...]]:
         own, *best = arrays
         if not best:
-            return float(own.item()), ()  # type: ignore[arg-type]  # an array of floats holds floats
+            return float(own.item()), ()
         ids, values = best
-        pairs: Any = zip(ids.tolist(), values.tolist(), strict=True)  # type: ignore[arg-type]  # both are lists
-        return float(own.item()), tuple(sorted(pairs, key=lambda pair: -pair[1]))  # type: ignore[arg-type]  # as above
+        pairs: Any = zip(ids.tolist(), values.tolist(), strict=True)
+        return float(own.item()), tuple(sorted(pairs, key=lambda pair: -pair[1]))
 
 
 class RowSampler:
@@ -206,7 +206,7 @@ class RowSampler:
         # The forward runs while the mask is made; the token that it began with is there already.
         mx.async_eval(scores)
         if self._last is not None:
-            constraint.take(int(self._last.item()))  # type: ignore[arg-type]  # an array of integers
+            constraint.take(int(self._last.item()))
         if constraint.over:
             return self._forced(scores)  # of a token that nobody will see
         width = scores.shape[-1]

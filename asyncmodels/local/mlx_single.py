@@ -1,7 +1,7 @@
-"""The generator for models whose rows cannot be batched: one sequence after the other, in the order in which they came.
+"""The generator for models whose rows cannot be batched: one sequence after the other, in the order they came in.
 
-It has the part of ``mlx_lm.generate.BatchGenerator`` that the runner uses. A step is one chunk of a prompt or one token;
-like there, the next token is being computed while the last one is handed out.
+It has the part of ``mlx_lm.generate.BatchGenerator`` that the runner uses. A step is one chunk of a prompt or one
+token; like there, the next token is being computed while the last one is handed out.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class SingleGenerator:
         if row.next is not None:
             token = row.next
             self._advance(row, token)
-            return [], [_Token(row.uid, int(token.item()))]  # type: ignore[arg-type]  # an array of integers
+            return [], [_Token(row.uid, int(token.item()))]
         if len(row.rest) > 1:
             count = min(self._prefill_step_size, len(row.rest) - 1)
             self._model(mx.array(row.rest[:count])[None], cache=row.cache)
@@ -118,4 +118,4 @@ class SingleGenerator:
             logits = processor(token, logits)
         row.next = row.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
         mx.async_eval(row.next)
-        row.tokens.append(int(token.item()))  # type: ignore[arg-type]  # an array of integers
+        row.tokens.append(int(token.item()))

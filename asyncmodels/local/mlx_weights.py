@@ -17,6 +17,7 @@ from mlx_lm.utils import hf_repo_to_path
 
 from asyncmodels.errors import ModelLoadError
 from asyncmodels.local.memory import free_host_memory
+from asyncmodels.local.runner import NativeCalls
 from asyncmodels.local.sequence import SamplingDefaults
 
 __all__ = ["MLXSpec", "MLXWeights", "free_memory", "load_weights"]
@@ -37,6 +38,7 @@ class MLXWeights:
     def __init__(self, model: Any, wrapper: Any, config: Mapping[str, Any], folder: Path | None) -> None:
         self.model = model
         self.tokenizer = _tokenizer(wrapper)
+        self.native_calls = _native_calls(wrapper)
         self.eos_token_ids = frozenset(int(token) for token in wrapper.eos_token_ids)
         self.config = config
         self.batchable = all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
@@ -81,7 +83,7 @@ class MLXWeights:
         return str(max(floats, key=floats.count)).rpartition(".")[2] if floats else ""
 
     def try_out(self) -> tuple[int, int]:
-        """Sends one token through the model. Returns how many bytes of KV memory it took, and how wide the logits are."""
+        """Sends one token through the model: how many bytes of KV memory it takes, and how wide the logits are."""
         cache = make_prompt_cache(self.model)
         logits = self.model(mx.array([[0]]), cache=cache)
         mx.eval(logits)
@@ -125,6 +127,13 @@ def _generation_config(folder: Path | None) -> Mapping[str, Any]:
     except (OSError, ValueError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+def _native_calls(wrapper: Any) -> NativeCalls | None:
+    """How mlx_lm reads the tool calls of this model, which it finds out by the chat template."""
+    if wrapper.tool_parser is None:
+        return None
+    return NativeCalls(wrapper.tool_call_start, wrapper.tool_call_end, wrapper.tool_parser)
 
 
 def _tokenizer(wrapper: Any) -> Any:

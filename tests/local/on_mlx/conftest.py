@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,13 +46,13 @@ def folder(kind: str, tiny_model: Path, unbatchable: Path) -> Path:
 class Driver:
     """A runner on the thread of the test, driven as the engine's worker drives it."""
 
-    def __init__(self, folder: Path, **settings: int | None) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.runner = MLXRunner(MLXSpec(model_id=str(folder), trust_remote_code=True), **settings)
         self.info = self.runner.load()
 
-    def sequence(self, prompt: str, max_tokens: int = 8, *, salt: str | None = None, **sampling: object) -> Sequence:
+    def sequence(self, prompt: str, max_tokens: int = 8, *, salt: str | None = None, **sampling: Any) -> Sequence:
         ids = tuple(self.info.tokenizer(prompt, add_special_tokens=False)["input_ids"])
-        made = Sequence(id=prompt, prompt=ids, max_tokens=max_tokens, sampling=Sampling(**sampling))  # type: ignore[arg-type]  # by name
+        made = Sequence(id=prompt, prompt=ids, max_tokens=max_tokens, sampling=Sampling(**sampling))
         made.cache_salt = salt
         return made
 
@@ -93,7 +94,7 @@ def drive(folder: Path) -> Iterator[Callable[..., Driver]]:
     """Makes drivers over the model of both kinds, with settings of the runner."""
     drivers: list[Driver] = []
 
-    def make(**settings: int | None) -> Driver:
+    def make(**settings: Any) -> Driver:
         drivers.append(Driver(folder, **settings))
         return drivers[-1]
 

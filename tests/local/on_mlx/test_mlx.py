@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,13 +21,14 @@ from asyncmodels.errors import (
     ConfigurationError,
     ContextLengthError,
     EngineDeadError,
+    InvalidRequestError,
     MissingExtraError,
     ModelLoadError,
     UnsupportedError,
 )
 from asyncmodels.local.mlx import MLXBackend, MLXModel
 from asyncmodels.local.mlx_runner import MLXRunner
-from asyncmodels.types import ImagePart, Message, Request, Response
+from asyncmodels.types import Choice, ImagePart, Message, Regex, Request, Response, Tool
 from tests.local.on_mlx.tiny_mlx import UNBATCHABLE, build_tiny_model
 from tests.local.tiny import build_tokenizer
 
@@ -169,8 +171,7 @@ async def test_models_that_cannot_be_batched(kind: str, model: MLXModel) -> None
 
     async def ask(number: int, priority: int) -> None:
         async with model.stream("hello", priority=priority, extra={"ignore_eos": True}) as stream:
-            async for _ in stream:
-                running.append(_engine(model).running)
+            running.extend([_engine(model).running async for _ in stream])
         order.append(number)
 
     await asyncio.gather(*(ask(number, number) for number in range(5)))
@@ -206,15 +207,16 @@ async def test_cancelled_in_any_phase(model: MLXModel) -> None:
             await asyncio.sleep(0.0005)
         task.cancel()
     assert (await survivor).content == alone
-    while _engine(model).running or _engine(model).waiting:
+    for _ in range(500):
+        if not _engine(model).running and not _engine(model).waiting:
+            break
         await asyncio.sleep(0.01)
-    assert _engine(model).kv_tokens == 0
+    counts = _engine(model)
+    assert (counts.running, counts.waiting, counts.kv_tokens) == (0, 0, 0)
     assert (await model.generate("survivor", max_tokens=60)).content == alone
 
 
-async def test_a_step_that_raises_takes_its_batch_and_no_more(
-    model: MLXModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_step_that_raises_takes_its_batch_and_no_more(model: MLXModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those who were in the batch hear of it, and the next call is answered by the same weights."""
     step, failures = MLXRunner.step, iter([RuntimeError("the device is gone")])
 
@@ -249,6 +251,63 @@ async def test_two_models_at_once(tiny_model: Path) -> None:
             *(model.generate(prompt) for prompt in PROMPTS for model in (one, two)),
         )
     assert [answer.content for answer in answers[::2]] == [answer.content for answer in answers[1::2]]
+
+
+# -- grammars and tools -----------------------------------------------------------------------------------------------
+
+
+async def test_grammars_in_a_mixed_batch(model: MLXModel) -> None:
+    """Each row is held to its own grammar, the others to none; a schema's answer comes back parsed."""
+    free = (await model.generate("hello", max_tokens=12)).content
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    regex, choice, seeded, other, again, on = await asyncio.gather(
+        model.generate("hello", grammar=Regex("[a-c]{5}x"), max_tokens=40),
+        model.generate("hello", grammar=Choice(("yes", "no")), max_tokens=40, logprobs=1),
+        model.generate("hello", response_format=schema, temperature=1.0, seed=3, max_tokens=60),
+        model.generate("hello", max_tokens=12),
+        model.generate("hello", response_format=schema, temperature=1.0, seed=3, max_tokens=60),
+        model.generate("hello", grammar=Regex("[a-c]{5}x"), max_tokens=40, extra={"ignore_eos": True}),
+    )
+    assert re.fullmatch("[a-c]{5}x", regex.content or "")
+    assert choice.content in ("yes", "no")
+    assert choice.logprobs is not None
+    assert "".join(entry.token for entry in choice.logprobs).startswith(choice.content or "?")
+    assert set(seeded.parsed) == {"a"}
+    assert seeded.content == again.content
+    assert other.content == free
+    assert on.content == regex.content
+    for response in (regex, choice, seeded, on):
+        assert response.finish_reason == "stop"
+
+
+async def test_a_bad_grammar_stays_outside(model: MLXModel) -> None:
+    """It is refused before it is queued, and disturbs nobody."""
+    good, bad = await asyncio.gather(
+        model.generate("hello", max_tokens=12), model.generate("hello", grammar=Regex("(")), return_exceptions=True
+    )
+    assert isinstance(bad, InvalidRequestError)
+    assert isinstance(good, Response)
+
+
+async def test_a_call_that_is_demanded(folder: Path) -> None:
+    """Even a random model makes a valid call when it must, beside others that talk freely."""
+    parameters = {"type": "object", "properties": {"far": {"type": "boolean"}}, "required": ["far"]}
+    tool = Tool("look", "looks around", parameters)
+    settings = {"model_config": {"max_position_embeddings": 1024}}
+    async with MLXModel(str(folder), trust_remote_code=True, load_kwargs=settings, max_tokens=100) as model:
+        called, talked = await asyncio.gather(
+            model.generate("look!", tools=[tool], tool_choice="required"), model.generate("hello")
+        )
+    assert called.finish_reason == "tool_calls"
+    [call] = called.tool_calls
+    assert call.name == "look"
+    assert isinstance(call.parse_arguments()["far"], bool)
+    assert not talked.tool_calls
 
 
 # -- what it refuses --------------------------------------------------------------------------------------------------
@@ -304,7 +363,7 @@ def test_without_mlx_lm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_models_that_are_none(tmp_path: Path, unbatchable: Path) -> None:
-    """What cannot be loaded is a ModelLoadError in one sentence; code of the checkpoint runs only where that is asked."""
+    """What cannot be loaded is a ModelLoadError in one sentence; a checkpoint's code runs only where that is asked."""
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_text("{")

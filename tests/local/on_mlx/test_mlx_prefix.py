@@ -100,7 +100,7 @@ def test_there_are_not_too_many() -> None:
 
 
 def test_caches_that_cannot_be_trimmed() -> None:
-    """A state, a window that has moved on, and a class that says it can and does not, serve as a whole or not at all."""
+    """A state, a window that has moved on, and a class that says it can and does not, serve whole or not at all."""
     state = ArraysCache(1)
     state[0] = mx.zeros((1, 4))
     window = kv(30, RotatingKVCache, 16)

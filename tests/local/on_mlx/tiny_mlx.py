@@ -18,7 +18,7 @@ from tests.local.tiny import CONTEXT, build_tokenizer
 
 __all__ = ["UNBATCHABLE", "build_tiny_model", "tiny_mlx_folder"]
 
-UNBATCHABLE = '''
+UNBATCHABLE = """
 from mlx_lm.models import llama
 from mlx_lm.models.cache import {cache}
 
@@ -34,7 +34,7 @@ class Cache({cache}):
 class Model(llama.Model):
     def make_cache(self):
         return [Cache({arguments}) for _ in self.layers]
-'''
+"""
 """A Llama whose caches cannot be merged into one, as the module of a checkpoint."""
 
 
