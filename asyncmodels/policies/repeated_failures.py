@@ -125,29 +125,30 @@ class RepeatedFailures:
         self._failed += not nobody
         if isinstance(error, _NOT_THE_REQUEST):
             return None
-        # Where nobody was answered since somebody's last failure, it is not this request that is to blame, unless it
-        # was found to be before.
-        if nobody and not (self.given_up and _hint(request) in self._hints):
+        # Where nobody was answered since somebody's last failure, it is not this request that is to blame.
+        if nobody and _hint(request) not in self._hints:
             return None
         key = _key(request)
         if key is None:
             return None
         with self._lock:
             known = self._remember(key, request)
-            return self._count(known, error, answered, now)
+            self._count(known, error, answered, now, counts=not nobody)
+            if known.count < self.limit:
+                return None
+            return _given_up(known, "it is not tried again", retry_after=RECHECK, error=error)
 
-    def _count(self, known: _Known, error: Exception, answered: int, now: float) -> RepeatedFailureError | None:
+    def _count(self, known: _Known, error: Exception, answered: int, now: float, *, counts: bool) -> None:
         kind = _kind(error)
-        others_answered = answered - known.answered
-        others_failed = max(0, self._failed - known.failed - 1)
-        known.answered, known.failed = answered, self._failed
         known.message = str(error)[:500]
-        if known.count >= self.limit and kind == known.kind:
-            known.next_try = now + RECHECK
-        elif kind != known.kind:
+        if kind != known.kind:
             self.given_up -= known.count >= self.limit
             known.begin(kind)
-        else:
+        elif known.count >= self.limit:
+            known.next_try = now + RECHECK
+        elif counts:
+            others_answered = answered - known.answered
+            others_failed = max(0, self._failed - known.failed - 1)
             known.others_answered += others_answered
             known.others_failed += others_failed
             if not _well(known.others_answered, known.others_failed):
@@ -157,9 +158,7 @@ class RepeatedFailures:
                 if known.count >= self.limit:
                     self.given_up += 1
                     known.next_try = now + RECHECK
-        if known.count < self.limit:
-            return None
-        return _given_up(known, "it is not tried again", retry_after=RECHECK, error=error)
+        known.answered, known.failed = answered, self._failed
 
     def _remember(self, key: bytes, request: Request) -> _Known:
         known = self._known.get(key)

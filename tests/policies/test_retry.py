@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asyncmodels.backend import Backend
@@ -280,6 +280,7 @@ async def test_retry_after_is_a_floor(retry_after: float, shortest: float, longe
     assert [shortest, longest] == waits
 
 
+@settings(deadline=None)
 @given(
     retry_after=st.none() | st.floats(-10, 300),
     failures=st.integers(1, 9),

@@ -166,7 +166,7 @@ async def test_a_predicate_that_fails_is_heard() -> None:
 
 async def test_asking_again_costs_neither_attempts_nor_budget() -> None:
     """Failures and useless answers are counted apart, however they are mixed."""
-    script = [ServerError("x"), BAD, RateLimitError("x"), BAD, ServerError("x"), GOOD]
+    script: list[ScriptItem] = [ServerError("x"), BAD, RateLimitError("x"), BAD, ServerError("x"), GOOD]
     budget = RetryBudget(ratio=0, reserve=3, per_second=0)
     backend, retry = retrying(script, 2, attempts=4, wait_initial=0, wait_max=0, budget=budget)
 

@@ -160,6 +160,25 @@ async def test_it_is_sent_once_a_minute_until_it_works() -> None:
         assert str(await pool.retry.generate(ask("bad"))) == "Hi"
 
 
+async def test_one_caller_finds_out_for_all() -> None:
+    """While the one that is sent after a minute is on its way, the others are refused."""
+    async with FakeClock(autojump=True) as clock:
+        pool = Pool(clock, same_failures=4, bad=poison)
+        await pool.use("bad", 2)
+        await clock.sleep(RECHECK)
+
+        async def slow(_: Request) -> str:
+            await clock.sleep(5)
+            return "Hi"
+
+        pool.retry.backend = backend = ScriptedBackend(slow, repeat=True)
+        outcomes = await asyncio.gather(*(pool.retry.generate(ask("bad")) for _ in range(5)), return_exceptions=True)
+
+        assert [str(outcome) == "Hi" for outcome in outcomes] == [True, False, False, False, False]
+        assert {type(outcome) for outcome in outcomes[1:]} == {RepeatedFailureError}
+        assert len(backend.requests) == 1
+
+
 async def test_a_pool_that_is_down_gives_nobody_up() -> None:
     """Where everybody fails, no request is to blame, however long it lasts."""
     async with FakeClock(autojump=True) as clock:
