@@ -59,7 +59,8 @@ def test_bedrock_and_models_inside_of_the_program_are_known_by_their_class() -> 
     from asyncmodels.remote.bedrock import BedrockModel
 
     model = BedrockModel("us.amazon.nova-pro-v1:0", client_kwargs={"region_name": "us-east-1"}, api_key="k")
-    assert origin_of(model) == Origin(model="us.amazon.nova-pro-v1:0", provider="aws.bedrock")
+    origin = origin_of(model)
+    assert (origin.model, origin.provider, origin.local) == ("us.amazon.nova-pro-v1:0", "aws.bedrock", False)
 
 
 @pytest.mark.model

@@ -177,11 +177,11 @@ class PriceList:
 
 def _whose(origin: Origin) -> tuple[str | None, str | None]:
     """The provider in the list's words, and its URL."""
-    if origin.url is not None:
-        return None, origin.url
     if origin.provider == "aws.bedrock":
         return "aws", None
-    return ("litellm" if origin.provider == "litellm" else None), None
+    if origin.provider == "litellm":
+        return "litellm", None  # whose names begin with the provider's
+    return None, origin.url
 
 
 def _tariff_of_list(prices: Any, context: int | None) -> Tariff:

@@ -37,6 +37,7 @@ from asyncmodels.model import Model
 from asyncmodels.origin import Origin
 from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.concurrency import Concurrency
+from asyncmodels.policies.hedge import Hedge
 from asyncmodels.policies.prices import Price, PriceList, Tariff
 from asyncmodels.policies.retry import Retry
 from asyncmodels.policies.spending import Spending, SpendingLimit, SpendingStatistics
@@ -435,6 +436,18 @@ async def test_every_paid_attempt_is_counted_below_a_retry() -> None:
     with pytest.raises(BudgetExceededError) as caught:
         await model.generate(ask())
     assert (len(backend.requests), caught.value.attempts) == (2, 3)
+
+
+async def test_the_loser_of_a_hedge_is_charged() -> None:
+    """Two attempts side by side set aside twice as much; the one that is cancelled may have been done over there."""
+    backend = ScriptedBackend((Delay(math.inf),), answer())
+    settings: dict[str, Any] = {"prices": PER_TOKEN, "count_input": lambda request: INPUT}
+    model = Model(backend, partial(Hedge, after=0.0, max_extra=1.0), partial(Budget, spending=1000, **settings))
+    await model.generate(ask())
+    for _ in range(5):
+        await asyncio.sleep(0)
+    spent = model.statistics().links["Budget"]
+    assert (len(backend.requests), spent.spent, spent.reserved, spent.running) == (2, EVERYTHING + 15, 0, 0)
 
 
 @both_ways

@@ -186,8 +186,8 @@ def test_a_price_may_depend_on_the_time() -> None:
 
 
 def test_bedrock_and_litellm_have_their_own_ways_to_name_a_model() -> None:
-    """A backend without a URL says whose it is: the list finds the model by that."""
-    bedrock = listed("us.amazon.nova-pro-v1:0", provider="aws.bedrock")
+    """Where a backend says whose it is the list finds the model by that, wherever it sends its requests."""
+    bedrock = listed("us.amazon.nova-pro-v1:0", "https://vpce-1.example/", provider="aws.bedrock")
     through = listed("groq/llama-3.3-70b-versatile", provider="litellm")
     assert bedrock.cost(Usage(1000, 0)) == official("amazon.nova-pro-v1:0", "aws", input_tokens=1000) * UNIT
     assert through.cost(Usage(1000, 0)) == official("llama-3.3-70b-versatile", "groq", input_tokens=1000) * UNIT
