@@ -27,13 +27,7 @@ class WaitingCalls:
 
     def call(self) -> Waiting:
         """A new call of the running task's event loop, to be entered whenever it waits."""
-        return Waiting(self, asyncio.get_running_loop())
-
-    def add(self, call: Waiting) -> None:
-        self._waiting.add(call)
-
-    def discard(self, call: Waiting) -> None:
-        self._waiting.discard(call)
+        return Waiting(self, self._waiting, asyncio.get_running_loop())
 
     async def close(self) -> None:
         """Ends them with ClosedError, and waits until those of this event loop are over."""
@@ -53,10 +47,11 @@ class WaitingCalls:
 class Waiting:
     """One call: a context manager around each time that it waits, from which ClosedError comes when it is ended."""
 
-    __slots__ = ("_calls", "_cancelling", "_gone", "_task", "loop")
+    __slots__ = ("_all", "_calls", "_cancelling", "_gone", "_task", "loop")
 
-    def __init__(self, calls: WaitingCalls, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, calls: WaitingCalls, waiting: set[Waiting], loop: asyncio.AbstractEventLoop) -> None:
         self._calls = calls
+        self._all = waiting
         self.loop = loop
         self._task: asyncio.Task[object] | None = None
         self._cancelling = 0
@@ -73,11 +68,11 @@ class Waiting:
         return self._gone
 
     def __enter__(self) -> None:
-        self._calls.add(self)
+        self._all.add(self)
         if self._calls.closed:
-            self._calls.discard(self)
+            self._all.discard(self)
             raise ClosedError("This model was closed.")
-        task = asyncio.current_task()
+        task = asyncio.current_task(self.loop)
         assert task is not None  # noqa: S101  # a coroutine that waits is part of one
         self._task, self._cancelling = task, task.cancelling()
 
@@ -85,7 +80,7 @@ class Waiting:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         task, self._task = self._task, None
-        self._calls.discard(self)
+        self._all.discard(self)
         if self._gone is None or task is None:
             return
         if not self._gone.done():

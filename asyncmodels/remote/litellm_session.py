@@ -51,18 +51,23 @@ class Sessions:
 
     def __init__(self) -> None:
         self._held: WeakKeyDictionary[asyncio.AbstractEventLoop, _Shared] = WeakKeyDictionary()
+        self._last: tuple[asyncio.AbstractEventLoop, _Shared] | None = None
         self._lock = threading.Lock()
         self._closed = False
 
     def session(self) -> aiohttp.ClientSession:
         """Raises ClosedError after ``aclose``."""
         loop = asyncio.get_running_loop()
-        shared = self._held.get(loop)
-        if shared is None:
-            with self._lock:
-                if self._closed:
-                    raise ClosedError("This model was closed.")
+        last = self._last
+        if last is not None and last[0] is loop:
+            return last[1].open()
+        with self._lock:
+            if self._closed:
+                raise ClosedError("This model was closed.")
+            shared = self._held.get(loop)
+            if shared is None:
                 shared = self._held[loop] = _take(loop)
+            self._last = (loop, shared)
         return shared.open()
 
     def connections(self) -> int:
@@ -70,8 +75,9 @@ class Sessions:
         return sum(shared.connections() for shared in list(self._held.values()))
 
     async def aclose(self) -> None:
-        self._closed = True
         with self._lock:
+            self._closed = True
+            self._last = None
             held = list(self._held.items())
             self._held.clear()
         for loop, shared in held:

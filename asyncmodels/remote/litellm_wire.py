@@ -20,6 +20,7 @@ __all__ = ["WIRE", "BrokenOffError", "ReportedError", "Wire", "WireResponse"]
 
 _END = b"[DONE]"
 _TAIL = 64
+_BROKEN = (aiohttp.ClientPayloadError, TransferEncodingError)
 
 
 class Wire:
@@ -94,7 +95,10 @@ class _Chunks:
         return self
 
     async def __anext__(self) -> bytes:
-        chunk = await self._read()
+        try:
+            chunk = await self._content.read(self._size)
+        except _BROKEN as error:
+            raise BrokenOffError(str(error)) from error
         if self._first:
             self._first = False
             # Where the word is, good answers have null for it; it takes all of the object to tell.
@@ -105,19 +109,16 @@ class _Chunks:
             raise StopAsyncIteration
         wire = self._wire
         if wire is not None:
-            wire.tail = (wire.tail + chunk)[-_TAIL:]
+            wire.tail = chunk[-_TAIL:] if len(chunk) >= _TAIL else (wire.tail + chunk)[-_TAIL:]
         return chunk
-
-    async def _read(self) -> bytes:
-        try:
-            return await self._content.read(self._size)
-        except (aiohttp.ClientPayloadError, TransferEncodingError) as error:
-            raise BrokenOffError(str(error)) from error
 
     async def _rest(self, chunk: bytes) -> bytes:
         chunks = [chunk]
-        while chunk := await self._read():
-            chunks.append(chunk)
+        try:
+            while chunk := await self._content.read(self._size):
+                chunks.append(chunk)
+        except _BROKEN as error:
+            raise BrokenOffError(str(error)) from error
         return b"".join(chunks)
 
     def _plain(self, body: bytes) -> bytes:

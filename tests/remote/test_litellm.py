@@ -33,7 +33,7 @@ from asyncmodels import (
     UnsupportedError,
     Usage,
 )
-from asyncmodels.remote.litellm_call import own
+from asyncmodels.remote.litellm_call import called, own_body
 from asyncmodels.remote.litellm_session import litellm
 from tests.remote.litellm_noise import NOISE
 from tests.server.handle import Place, Server
@@ -282,12 +282,21 @@ async def test_images_roles_extra_and_flattening(server: Server) -> None:
 
 
 def test_what_litellm_gets_is_its_own() -> None:
-    """Its providers cut schemas to size in place; the caller's must stay as they are."""
+    """Its providers cut schemas and messages to size in place; the caller's must stay as they are."""
     schema = {"type": "object", "required": ("a",), "properties": {"a": {"type": "string"}}}
-    copied = own({"tools": [schema]})
-    assert copied == {"tools": [{**schema, "required": ["a"]}]}
+    hint = {"type": "ephemeral"}
+    copied = own_body(
+        {
+            "messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y", "hint": hint}],
+            "tools": [schema],
+        }
+    )
+    assert copied["messages"] == [{"role": "user", "content": "x"}, {"role": "user", "content": "y", "hint": hint}]
+    assert copied["tools"] == [{**schema, "required": ["a"]}]
     copied["tools"][0]["properties"].clear()
+    copied["messages"][1]["hint"].clear()
     assert schema["properties"] == {"a": {"type": "string"}}
+    assert hint == {"type": "ephemeral"}
 
 
 async def test_what_cannot_be_sent_is_not(server: Server) -> None:
@@ -545,6 +554,47 @@ def test_a_program_that_closes_nothing_hears_no_complaint(server: Server) -> Non
     assert not [line for line in told if "Unclosed" in line or "never" in line or "destroyed" in line], ended.stderr
 
 
+HASTY = """
+import asyncio, sys, threading
+from asyncmodels import LiteLLMModel
+from asyncmodels.remote.litellm_session import litellm
+begun, prepare = threading.Event(), litellm.main.completion
+
+def slowly(*args, **kwargs):
+    begun.set()
+    ended.wait(float(sys.argv[2]))
+    return prepare(*args, **kwargs)
+
+litellm.main.completion = slowly
+ended = threading.Event()
+model = LiteLLMModel("openai/m", api_base=sys.argv[1], api_key="k", retry=False)
+
+async def leave():
+    calls = [asyncio.create_task(call) for call in (model.generate("x"), model.stream("x").response())]
+    await asyncio.to_thread(begun.wait, 20)
+    return calls
+
+calls = asyncio.run(leave())
+print([call.cancelled() for call in calls])
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.02, 0.5])
+def test_a_program_that_ends_during_a_call_hears_no_complaint(server: Server, seconds: float) -> None:
+    """asyncio.run cancels every task that there is while litellm's thread, be it slow, prepares the call."""
+    place = server.script(Answer())
+    ended = subprocess.run(
+        [sys.executable, "-c", HASTY, f"{place.url}/v1", str(seconds)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[2],
+    )
+    assert ended.stdout == "[True, True]\n", ended.stderr
+    assert "never awaited" not in ended.stderr, ended.stderr
+    assert not place.seen().requests
+
+
 # -- cancelling, leaving ----------------------------------------------------------------------------------------------
 
 
@@ -586,6 +636,46 @@ async def test_cancelling_while_litellm_prepares_the_call(server: Server, monkey
         gc.collect()
         assert_idle(model)
     await place.until(in_progress=0)
+
+
+class Opened:
+    """A stream that knows whether it was closed."""
+
+    closed = False
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+async def test_a_cancelled_call_ends_as_one_whatever_litellm_makes_of_it() -> None:
+    """Also where it goes on to an answer, which is closed, or to an error of its own; a timeout of its own is its."""
+    opened = Opened()
+
+    async def goes_on(then: BaseException | Opened) -> Opened:
+        try:
+            await asyncio.sleep(20)
+        except asyncio.CancelledError:
+            if isinstance(then, BaseException):
+                raise then from None
+        return opened
+
+    for then in (opened, ValueError("x")):
+        task = asyncio.ensure_future(called(goes_on(then)))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert opened.closed
+
+    async def gives_up() -> str:
+        try:
+            async with asyncio.timeout(0):
+                await asyncio.sleep(20)
+        except TimeoutError:
+            return "late"
+        return "never"
+
+    assert await called(gives_up()) == "late"
 
 
 async def test_leaving_a_stream_early_stops_the_server(server: Server) -> None:
