@@ -35,6 +35,7 @@ CORE: Mapping[str, set[str]] = {
     "strict": set(),
     "stopping": {"errors"},
     "images": {"errors", "types"},
+    "roles": {"errors", "types"},
     "messages": {"errors", "images", "types"},
     "tools": {"errors", "types"},
     "formats": {"errors", "strict", "types"},
@@ -89,7 +90,20 @@ CORE: Mapping[str, set[str]] = {
 
 PACKAGES: Mapping[str, set[str]] = {
     "policies": {"answers", "backend", "clock", "errors", "formats", "identity", "origin", "trace", "types"},
-    "remote": {"", "backend", "clock", "errors", "messages", "model", "request", "stopping", "stream", "types"},
+    "remote": {
+        "",
+        "backend",
+        "clock",
+        "errors",
+        "identity",
+        "messages",
+        "model",
+        "request",
+        "roles",
+        "stopping",
+        "stream",
+        "types",
+    },
     "local": {"backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
     "batch": {"answers", "backend", "clock", "errors", "identity", "messages", "model", "request", "types"},
 }

@@ -26,12 +26,13 @@ from smolagents.models import REMOVE_PARAMETER, ChatMessage, ChatMessageStreamDe
 
 from asyncmodels.integrations.smolagents_answers import chat_message, stream_deltas
 from asyncmodels.integrations.smolagents_calls import ToolCallParsingError, calls_in
-from asyncmodels.integrations.smolagents_messages import checked_conversions, messages_from
+from asyncmodels.integrations.smolagents_messages import messages_from
 from asyncmodels.integrations.smolagents_parameters import REMOVED, checked, merged, unchecked, unwritten
 from asyncmodels.integrations.smolagents_saving import described, writable
 from asyncmodels.model import Model
 from asyncmodels.registry import load
 from asyncmodels.request import normalise
+from asyncmodels.roles import checked_conversions
 from asyncmodels.types import Message, Response
 
 __all__ = ["SmolagentsModel", "ToolCallParsingError"]

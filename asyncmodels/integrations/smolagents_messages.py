@@ -8,31 +8,15 @@ from typing import Any, get_args
 
 from smolagents.models import ChatMessage, MessageRole
 
-from asyncmodels.errors import ConfigurationError, InvalidRequestError
+from asyncmodels.errors import InvalidRequestError
 from asyncmodels.messages import as_messages, flatten, merge_adjacent
 from asyncmodels.types import Message, Role, TextPart, evolve, make
 
-__all__ = ["checked_conversions", "messages_from"]
+__all__ = ["messages_from"]
 
 # Agents write down what tools were called and said as plain text, under roles of smolagents' own.
 _DEFAULT = {"tool-call": "assistant", "tool-response": "user"}
 _SPEAKERS = frozenset(get_args(Role)) - {"tool"}
-_KNOWN = frozenset({*get_args(Role), *_DEFAULT})
-
-
-def checked_conversions(conversions: object) -> dict[str, str]:
-    """``custom_role_conversions`` with plain strings. Raises ConfigurationError for a role that does not exist."""
-    if conversions is None:
-        return {}
-    if not isinstance(conversions, Mapping):
-        raise ConfigurationError("custom_role_conversions must be a dict from role to role.")
-    table = {_plain(key): _plain(value) for key, value in conversions.items()}
-    unknown = [role for role in (*table, *table.values()) if role not in _KNOWN]
-    if unknown:
-        raise ConfigurationError(
-            f"custom_role_conversions has an unknown role {unknown[0]!r}; the roles are {', '.join(sorted(_KNOWN))}."
-        )
-    return table
 
 
 def messages_from(messages: object, conversions: Mapping[str, str], *, flattened: bool) -> tuple[Message, ...]:

@@ -14,13 +14,14 @@ from asyncmodels.model import Model
 from asyncmodels.remote.azure_client import Surface, configure_azure
 from asyncmodels.remote.chain import RemoteParameters, remote_chain, split
 from asyncmodels.remote.endpoint import APIKey
-from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, with_retries
+from asyncmodels.remote.options import checked_options, make_pool, require_model_id, with_retries
 from asyncmodels.remote.pool import TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
 from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.token_chat import TokenChatBackend
 from asyncmodels.remote.tokens import AccessToken, TokenCache, TokenProvider
 from asyncmodels.remote.wire import Dialect
+from asyncmodels.roles import checked_conversions
 
 __all__ = ["AzureOpenAIBackend", "AzureOpenAIModel", "AzureOpenAIServerModel", "Credential"]
 

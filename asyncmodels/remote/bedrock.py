@@ -32,8 +32,9 @@ from asyncmodels.remote.converse import (
 )
 from asyncmodels.remote.converse_answer import EventReader, response_from
 from asyncmodels.remote.in_flight import Waiting
-from asyncmodels.remote.options import checked_conversions, require_model_id
+from asyncmodels.remote.options import require_model_id
 from asyncmodels.request import Parameters
+from asyncmodels.roles import checked_conversions
 from asyncmodels.stopping import StopMatcher, cut
 from asyncmodels.stream import Stream
 from asyncmodels.types import Delta, JSONSchema, Request, Response, Timing, evolve
@@ -301,6 +302,17 @@ class BedrockBackend(Backend):
 
     async def aclose(self) -> None:
         await self._clients.aclose()
+
+    def identity(self) -> Mapping[str, Any]:
+        dialect = self._dialect  # of which what the client knows is no part: it turns out with the first call
+        return {
+            "model": self.model_id,
+            **self._clients.place(),
+            "settings": dialect.settings,
+            "role_conversions": dialect.role_conversions,
+            "flatten_messages": dialect.flatten_messages,
+            "structured_output": dialect.structured_output,
+        }
 
     def statistics(self) -> Any:
         return self._clients.statistics()

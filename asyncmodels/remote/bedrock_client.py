@@ -26,6 +26,7 @@ from aiobotocore.client import AioBaseClient
 from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
+from botocore.exceptions import BotoCoreError
 from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.loaders import Loader, create_loader
 from botocore.tokens import FrozenAuthToken
@@ -365,6 +366,24 @@ class Clients:
                 counts[origin] = counts.get(origin, 0) + count
         return PoolStatistics(in_flight, counts)
 
+    def place(self) -> Mapping[str, Any]:
+        """Where the calls go, without what may be a secret. Reads AWS's files where nothing else names the region."""
+        if self._client is not None:
+            return {"region": self._client.meta.region_name, "endpoint": _bare(self._client.meta.endpoint_url)}
+        settings = self._settings
+        assert settings is not None  # noqa: S101  # one of the two is given
+        region = settings.options.get("region_name") or settings.config.region_name
+        if region is None:
+            with suppress(BotoCoreError):  # which the first call will say
+                region = AioSession(profile=settings.profile).get_config_variable("region")
+        named = settings.options.get("endpoint_url")
+        around = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL_BEDROCK_RUNTIME", "AWS_ENDPOINT_URL")]
+        return {
+            "region": region,
+            "endpoint": _bare(named) if named else " ".join(map(_bare, filter(None, around))) or None,
+            "profile": settings.profile or os.environ.get("AWS_PROFILE"),
+        }
+
     async def aclose(self) -> None:
         """Ends it: whatever is under way, or begins later, raises ClosedError.
 
@@ -379,3 +398,8 @@ class Clients:
         for loop, lease in leases:
             if lease.face is not None:
                 await _FACES.give_back(loop, lease.face)
+
+
+def _bare(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

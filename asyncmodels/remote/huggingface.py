@@ -25,13 +25,14 @@ from asyncmodels.remote.hf_routing import (
     same_name,
     who_knows,
 )
-from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, with_retries
+from asyncmodels.remote.options import checked_options, make_pool, with_retries
 from asyncmodels.remote.pool import HTTPPool, TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
 from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.token_chat import TokenChatBackend
 from asyncmodels.remote.tokens import TokenCache
 from asyncmodels.remote.wire import Dialect, request_body
+from asyncmodels.roles import checked_conversions
 from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["HfApiModel", "HuggingFaceBackend", "InferenceClientModel"]

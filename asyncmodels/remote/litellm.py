@@ -21,15 +21,17 @@ from asyncmodels.errors import (
 from asyncmodels.model import Model
 from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.in_flight import Waiting, WaitingCalls
-from asyncmodels.remote.litellm_call import DEFAULT_TIMEOUT, called, closed, own
+from asyncmodels.remote.litellm_call import DEFAULT_TIMEOUT, called, closed, own_body
 from asyncmodels.remote.litellm_errors import error_from_litellm, known_secrets
+from asyncmodels.remote.litellm_identity import digest, place, surroundings
 from asyncmodels.remote.litellm_providers import capabilities_of, provider_of
 from asyncmodels.remote.litellm_reader import deltas_from, response_from_litellm
 from asyncmodels.remote.litellm_session import Sessions, litellm
 from asyncmodels.remote.litellm_wire import Wire
-from asyncmodels.remote.options import checked_conversions, require_model_id
+from asyncmodels.remote.options import require_model_id
 from asyncmodels.remote.wire import Dialect, request_body
 from asyncmodels.request import Parameters
+from asyncmodels.roles import checked_conversions
 from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["LiteLLMBackend", "LiteLLMModel", "LiteLLMRouterModel", "LiteLLMStatistics"]
@@ -95,13 +97,19 @@ class LiteLLMModel(Model):
             options["api_base"] = api_base
         if api_key is not None:
             options["api_key"] = api_key
+        provider = provider_of({"model": model_id, **options, **_mapping(extra)})
         backend = LiteLLMBackend(
             model_id,
             litellm.acompletion,
             options=options,
             dialect=Dialect(role_conversions=checked_conversions(custom_role_conversions), flatten_messages=flatten),
-            capabilities=capabilities_of([provider_of({"model": model_id, **options, **_mapping(extra)})]),
+            capabilities=capabilities_of([provider]),
             secrets=frozenset(() if not api_key else (api_key,)),
+            who={
+                "endpoint": None if api_base is None else place(api_base),
+                "default endpoint": place(str(litellm.api_base)) if litellm.api_base else None,
+                "environment": surroundings(provider),
+            },
         )
         super().__init__(
             backend,
@@ -158,6 +166,7 @@ class LiteLLMRouterModel(Model):
             secret for deployment in deployments for secret in known_secrets(deployment["litellm_params"])
         )
         _require_group(model_id, deployments, options)
+        group = digest({"deployments": deployments, "settings": options})
         try:
             router = litellm.Router(model_list=deployments, **options, num_retries=0)
         except Exception as error:  # it raises whatever its parts raise
@@ -175,6 +184,7 @@ class LiteLLMRouterModel(Model):
                 ),
                 secrets=secrets,
                 discard=router.discard,
+                who=None if group is None else {"router": group, "environment": surroundings(None)},
             ),
             *chain,
             defaults=defaults,
@@ -221,7 +231,8 @@ class LiteLLMBackend(Backend):
     """The Backend of both models: ``complete`` is ``litellm.acompletion``, or a router's.
 
     What the provider behind it can do is known to litellm, which refuses the rest before anything is sent; what it
-    does not refuse, although it then leaves it out, is not in ``capabilities``.
+    does not refuse, although it then leaves it out, is not in ``capabilities``. ``who`` is what tells its answers from
+    those of others beside the model and the dialect; None: that cannot be said.
     """
 
     def __init__(
@@ -234,9 +245,11 @@ class LiteLLMBackend(Backend):
         capabilities: Capabilities,
         secrets: frozenset[str] = frozenset(),
         discard: Callable[[], None] | None = None,
+        who: Mapping[str, Any] | None = None,
     ) -> None:
         self.capabilities = capabilities
         self.model_id = model_id
+        self._who = who
         self._complete = complete
         self._options = _Unshown({**options, **_NO_RETRIES})
         self._dialect = dialect
@@ -295,36 +308,38 @@ class LiteLLMBackend(Backend):
 
     async def _ask(self, request: Request, wire: Wire | None = None) -> Any:
         """litellm's answer, or with ``wire`` its stream."""
-        try:
-            return await self._send(request, wire)
-        except UnsupportedError as error:
-            if not (self._sends_stops and request.stop_sequences and "'stop'" in error.message):
-                raise
-        # Refused by litellm itself, before anything was sent: the stops are cut from the answer here.
-        self._sends_stops = False
-        return await self._send(request, wire)
-
-    async def _send(self, request: Request, wire: Wire | None) -> Any:
-        for name in _RESERVED:
-            if name in request.extra:
-                raise InvalidRequestError(f"extra sets {name!r}, which the model itself decides.")
-        body = request_body(request, self.model_id, self._dialect, stream=wire is not None)
-        if request.stop_sequences and not self._sends_stops:
-            del body["stop"]
-        try:
-            body = own(body)
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"The request cannot be written as JSON: it has text that is no Unicode ({error.reason})."
-            ) from error
-        arguments = {**self._options, **body, "shared_session": self._sessions.session()}
-        if request.tools:
-            arguments.update(_PLAIN_TOOLS)
+        arguments = self._arguments(request, stream=wire is not None)
         handled = sys.exception()
         try:
             return await called(self._complete(**arguments), wire)
         except Exception as error:
-            raise error_from_litellm(error, self._secrets, handled=handled) from error
+            ours = error_from_litellm(error, self._secrets, handled=handled)
+            stopped = request.stop_sequences and "stop" in arguments
+            if not (stopped and isinstance(ours, UnsupportedError) and "'stop'" in ours.message):
+                raise ours from error
+        # Refused by litellm itself, before anything was sent: the stops are cut from the answer here.
+        self._sends_stops = False
+        return await self._ask(request, wire)
+
+    def _arguments(self, request: Request, *, stream: bool) -> dict[str, Any]:
+        for name in _RESERVED if request.extra else ():
+            if name in request.extra:
+                raise InvalidRequestError(f"extra sets {name!r}, which the model itself decides.")
+        body = request_body(request, self.model_id, self._dialect, stream=stream)
+        if request.stop_sequences and not self._sends_stops:
+            del body["stop"]
+        try:
+            arguments = own_body(body)
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"The request cannot be written as JSON: it has text that is no Unicode ({error.reason})."
+            ) from error
+        for name, value in self._options.items():
+            arguments.setdefault(name, value)
+        arguments["shared_session"] = self._sessions.session()
+        if request.tools:
+            arguments.update(_PLAIN_TOOLS)
+        return arguments
 
     async def aclose(self) -> None:
         """Ends the calls in flight with ClosedError, on whichever event loop they are."""
@@ -335,6 +350,11 @@ class LiteLLMBackend(Backend):
                 self._discard()
                 self._discard = None
             await self._sessions.aclose()
+
+    def identity(self) -> Mapping[str, Any] | None:
+        if self._who is None:
+            return None
+        return {"model": self.model_id, "dialect": repr(self._dialect), **self._who}
 
     def statistics(self) -> LiteLLMStatistics:
         return LiteLLMStatistics(self._in_flight, self._sessions.connections())

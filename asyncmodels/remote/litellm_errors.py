@@ -49,7 +49,7 @@ from asyncmodels.remote.answer import without
 from asyncmodels.remote.litellm_wire import ReportedError
 from asyncmodels.remote.status import error_from_body, error_from_response
 
-__all__ = ["error_from_litellm", "known_secrets"]
+__all__ = ["SECRET_NAME", "error_from_litellm", "known_secrets"]
 
 # What litellm says of a request, for where the provider itself said nothing. By name, because not every release has
 # every class; the nearest base class counts.
@@ -134,7 +134,7 @@ _EXCERPT = 300
 _MASK = "***"
 # Shorter values are words, not secrets.
 _SECRET_LENGTH = 8
-_SECRET_NAME = re.compile(r"(?i)(?:key|token|secret|password|credentials?)$")
+SECRET_NAME = re.compile(r"(?i)(?:key|token|secret|password|credentials?)$")
 
 
 def error_from_litellm(
@@ -165,7 +165,7 @@ def error_from_litellm(
 def known_secrets(values: Mapping[str, Any]) -> Iterator[str]:
     """The values whose names say that they are secret."""
     for name, value in values.items():
-        if isinstance(value, str) and len(value) >= _SECRET_LENGTH and _SECRET_NAME.search(name):
+        if isinstance(value, str) and len(value) >= _SECRET_LENGTH and SECRET_NAME.search(name):
             yield value
 
 

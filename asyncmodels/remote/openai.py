@@ -13,12 +13,13 @@ from asyncmodels.remote.chain import RemoteParameters, remote_chain, split
 from asyncmodels.remote.chat import ChatBackend
 from asyncmodels.remote.endpoint import APIKey, Endpoint
 from asyncmodels.remote.openai_client import configure
-from asyncmodels.remote.options import checked_conversions, checked_options, make_pool, require_model_id, with_retries
+from asyncmodels.remote.options import checked_options, make_pool, require_model_id, with_retries
 from asyncmodels.remote.pool import TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks, provider_named
 from asyncmodels.remote.quirks import Quirks, capabilities_of
 from asyncmodels.remote.responses import RESPONSES_SAMPLING, ResponsesBackend
 from asyncmodels.remote.wire import Dialect
+from asyncmodels.roles import checked_conversions
 
 __all__ = ["OpenAIBackend", "OpenAIModel", "OpenAIResponsesBackend", "OpenAIServerModel"]
 

@@ -1,4 +1,4 @@
-"""What all constructors check: here the roles, which a model would otherwise refuse at its first call."""
+"""The roles that callers rename, checked when a model is made: it would otherwise refuse them at its first call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from asyncmodels import ConfigurationError
-from asyncmodels.remote.options import checked_conversions
+from asyncmodels.roles import checked_conversions
 
 
 class Role(StrEnum):
