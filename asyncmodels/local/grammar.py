@@ -8,6 +8,7 @@ memory is refused: nested too deeply (which would end the process: the compiler 
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -123,9 +124,13 @@ class Constraint:
         return words
 
     def take(self, token: int) -> bool:
-        """Notes that ``token`` was said. Returns ``over``. Raises EngineError when it should not have been."""
+        """Notes that ``token`` was said. Returns ``over``. Raises EngineError when it should not have been said,
+        InvalidRequestError when the grammar became too complex to go on.
+        """
         if not self.matcher.consume_token(token):
-            raise EngineError(f"The grammar does not allow the token that was generated: {_line(self._error())}.")
+            if "doesn't satisfy the grammar" in self._error():
+                raise EngineError("The grammar does not allow the token that was generated.")
+            self.check()
         return self.over
 
     def check(self) -> None:
@@ -274,6 +279,8 @@ def _refusal(grammar: Grammar, message: str) -> InvalidRequestError:
 
 
 def _line(message: str) -> str:
-    """One line of at most 300 characters, without a full stop."""
-    line = " ".join(message.split()).rstrip(".")
+    """What is wrong, in one line of at most 300 characters, without a full stop and without the text around it."""
+    reason = re.search(r"^error: (.+)$", message, re.MULTILINE)
+    line = reason[1] if reason else message.strip().partition("\n")[0]
+    line = " ".join(line.split()).rstrip(".")
     return line if len(line) <= 300 else f"{line[:297]}..."

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncmodels.errors import ConfigurationError, ContextLengthError, ModelLoadError, UnsupportedError
 from asyncmodels.local.transformers import TransformersBackend, TransformersModel
-from asyncmodels.types import Message, Request, Response, Tool
+from asyncmodels.types import ImagePart, Message, Request, Response
 
 PROMPTS = ["a", "hello there", "what is it? " * 10, "tell me", "x" * 60, "four", "the end of the world " * 5]
 
@@ -133,11 +133,10 @@ async def test_the_context_and_the_next_call(tiny_model: Path) -> None:
 
 
 async def test_what_it_cannot_do(tiny_model: Path) -> None:
-    """Tools, images, grammars and unknown parameters are refused before anything is loaded."""
+    """Images and unknown parameters are refused before anything is loaded."""
     backend = TransformersBackend(str(tiny_model))
     for request in (
-        Request(messages=(Message("user", "x"),), tools=(Tool("t"),)),
-        Request(messages=(Message("user", "x"),), tool_choice="auto"),
+        Request(messages=(Message("user", (ImagePart(url="http://x/y.png"),)),)),
         Request(messages=(Message("user", "x"),), extra={"best_of": 3}),
     ):
         with pytest.raises(UnsupportedError):
