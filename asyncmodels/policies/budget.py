@@ -16,6 +16,7 @@ from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import (
     AuthenticationError,
+    BudgetExceededError,
     ConfigurationError,
     ConflictError,
     ContentFilterError,
@@ -237,11 +238,16 @@ class _Call(Record):
             if not isinstance(size, int) or size < 0:
                 raise ConfigurationError(f"count_input must return a whole number of at least 0, not {size!r}.")
         self._input = size
-        if output is None:
-            output = policy.most_output(tariff, stand)
-        money = 0 if tariff is None else tariff.at_most(size, output, writes_cache=self._writes_cache)
-        place = reserve(stand, money, size + output, priority=request.priority, wait=policy._waits)
-        self._reservation = await self._wait(place) if isinstance(place, Waiter) else place
+        most = policy.most_output(tariff, stand) if output is None else output
+        money = 0 if tariff is None else tariff.at_most(size, most, writes_cache=self._writes_cache)
+        try:
+            place = reserve(stand, money, size + most, priority=request.priority, wait=policy._waits)
+            self._reservation = await self._wait(place) if isinstance(place, Waiter) else place
+        except BudgetExceededError as error:
+            if output is None:
+                error.message += f" Without max_tokens its answer may be {most} tokens long: give max_tokens."
+                error.args = (error.message,)
+            raise
         if policy._notes:
             self._outer = RECORD.get()
             RECORD.set(self)
