@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TypeAlias
 
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
@@ -23,12 +22,11 @@ from asyncmodels.errors import (
     StreamError,
     TransportError,
 )
+from asyncmodels.policies.chosen_errors import ChosenErrors, chosen
 from asyncmodels.policies.circuit import Circuit, CircuitChange, CircuitState, Ticket
 from asyncmodels.types import Delta, Request, Response
 
-__all__ = ["Breaker", "BreakerStatistics", "BreakerWhen", "CircuitChange", "CircuitState"]
-
-BreakerWhen: TypeAlias = Callable[[Exception], bool] | type[Exception] | tuple[type[Exception], ...]
+__all__ = ["Breaker", "BreakerStatistics", "CircuitChange", "CircuitState"]
 
 LONGEST = 300.0
 """Seconds. A Retry-After makes a cooldown longer, up to this."""
@@ -83,7 +81,7 @@ class Breaker(Policy):
         ratio: float = 0.5,
         cooldown: float = 30.0,
         probes: int = 1,
-        on: BreakerWhen | None = None,
+        on: ChosenErrors | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         super().__init__(backend)
@@ -96,7 +94,7 @@ class Breaker(Policy):
         if not 0 <= ratio <= 1:
             raise ConfigurationError(f"The ratio of Breaker must be from 0 to 1, not {ratio!r}.")
         self._clock = clock
-        self._counts = _predicate(on)
+        self._counts = _of_the_endpoint if on is None else chosen(on, "Breaker")
         self._circuit = Circuit(
             failures=failures, window=window, ratio=ratio, cooldown=cooldown, probes=probes, now=clock.time()
         )
@@ -153,6 +151,7 @@ class Breaker(Policy):
             raise CircuitOpenError(
                 f"Nothing is sent to this endpoint for {seconds:.3g} s, because {self._circuit.reason}.",
                 retry_after=seconds,
+                attempts=0,
             )
         return ticket
 
@@ -167,6 +166,10 @@ class Breaker(Policy):
             self._circuit.answered(ticket, self._clock.time())
         else:
             self._circuit.released(ticket)
+
+
+def _of_the_endpoint(error: Exception) -> bool:
+    return isinstance(error, _ENDPOINT) and not isinstance(error, ResponseFormatError)
 
 
 class _GuardedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
@@ -222,16 +225,3 @@ class _WatchedDeltas(AsyncIterator[Delta]):
         if not self._begun:
             self._begun = True
             self._policy._circuit.answered(self._ticket, self._policy._clock.time())
-
-
-def _predicate(on: BreakerWhen | None) -> Callable[[Exception], bool]:
-    if on is None:
-        return lambda error: isinstance(error, _ENDPOINT) and not isinstance(error, ResponseFormatError)
-    if isinstance(on, type | tuple):
-        kinds = on if isinstance(on, tuple) else (on,)
-        if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
-            raise ConfigurationError("Breaker(on=...) takes exception types, or a function of the error.")
-        return lambda error: isinstance(error, kinds)
-    if not callable(on):
-        raise ConfigurationError("Breaker(on=...) takes exception types, or a function of the error.")
-    return on

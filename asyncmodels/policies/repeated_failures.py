@@ -193,7 +193,7 @@ def _given_up(known: _Known, what: str, *, retry_after: float, error: Exception 
         code=code,
         retry_after=retry_after,
         request_id=getattr(error, "request_id", None),
-        attempts=getattr(error, "attempts", 1),
+        attempts=0 if error is None else getattr(error, "attempts", 1),
     )
 
 

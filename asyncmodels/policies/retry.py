@@ -24,6 +24,7 @@ from typing import TypeAlias, TypeVar
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import AsyncModelsError, ConfigurationError, OverloadedError, RateLimitError
+from asyncmodels.policies.chosen_errors import ChosenErrors, chosen
 from asyncmodels.policies.opened_stream import OpenedStream, open_stream
 from asyncmodels.policies.reask import Reask, Unwanted
 from asyncmodels.policies.repeated_failures import RepeatedFailures
@@ -34,7 +35,7 @@ from asyncmodels.types import Delta, Request, Response, ResponseBuilder, evolve
 
 __all__ = ["Reask", "Retry", "RetryBudget", "RetryStatistics", "RetryWhen", "SleepingRetry"]
 
-RetryWhen: TypeAlias = Callable[[Exception], bool] | type[Exception] | tuple[type[Exception], ...]
+RetryWhen: TypeAlias = ChosenErrors
 
 T = TypeVar("T")
 
@@ -121,7 +122,7 @@ class Retry(Policy):
         self._waits = wait_initial, wait_max
         self._retry_after_max = retry_after_max
         self._budget = RetryBudget(ratio=budget) if isinstance(budget, int | float) else budget
-        self._retryable = _predicate(on)
+        self._retryable = _rule(on)
         self._repeated = None if same_failures is None else RepeatedFailures(same_failures)
         self._reask = reask if isinstance(reask, Reask) else Reask(reask) if reask else None
         self._clock = clock
@@ -231,13 +232,13 @@ class Retry(Policy):
                             return failure.answer, number
                         failure.error.attempts = number
                         raise failure.error
-                    asked = self._reask.again(request, failure)
                     if discard is not None:
                         await discard(failure.answer)
+                    asked = self._reask.again(request, failure)
                     self._reasked += 1
                 else:
                     failures += 1
-                    given_up = await self._pause(failure, failures, asked, deadline)
+                    given_up = await self._pause(failure, failures, number, asked, deadline)
                     if given_up is not None:
                         self._gave_up += 1
                         if given_up is failure:
@@ -259,7 +260,9 @@ class Retry(Policy):
             given_up = None
             del failure, attempt
 
-    async def _pause(self, failure: Exception, failures: int, request: Request, deadline: float) -> Exception | None:
+    async def _pause(
+        self, failure: Exception, failures: int, number: int, request: Request, deadline: float
+    ) -> Exception | None:
         """Waits before the next attempt; or returns what is to be raised instead of one."""
         now = self._clock.time()
         if self._repeated is not None:
@@ -291,33 +294,27 @@ class Retry(Policy):
             return failure
         if gate > -math.inf:
             self._schedule.take_turn(turn, self._pace.spacing(now, self._calls))
-        return await self._sleep(failure, failures, until, jitter, gate, deadline, request)
-
-    async def _sleep(
-        self,
-        failure: Exception,
-        failures: int,
-        until: float,
-        jitter: float,
-        gate: float,
-        deadline: float,
-        request: Request,
-    ) -> Exception | None:
-        began = self._clock.time()
         sleeper = Sleeper(
             until=until,
             jitter=jitter,
             gate=gate,
             deadline=deadline,
             agent=request.agent,
-            attempt=failures + 1,
+            attempt=number + 1,
             failure=type(failure).__name__,
         )
+        return None if await self._sleep(sleeper, now) else failure
+
+    async def _sleep(self, sleeper: Sleeper, began: float) -> bool:
         try:
-            return None if await self._schedule.sleep(sleeper) else failure
-        finally:
+            goes_on = await self._schedule.sleep(sleeper)
+        except GeneratorExit:
+            raise
+        except BaseException:
             note_wait("backoff", self._clock.time() - began)
-            del failure
+            raise
+        note_wait("backoff", self._clock.time() - began)
+        return goes_on
 
 
 class _Pace:
@@ -346,15 +343,14 @@ class _Pace:
         return 1 / pace if pace > 0 else math.inf
 
 
-def _predicate(on: RetryWhen | None) -> Callable[[BaseException], bool]:
-    if on is None:
-        return lambda error: (isinstance(error, AsyncModelsError) and error.retryable) or isinstance(error, Unwanted)
-    if isinstance(on, type | tuple):
-        kinds = (*on, Unwanted) if isinstance(on, tuple) else (on, Unwanted)
-        if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
-            raise ConfigurationError("Retry(on=...) takes exception types, or a function of the error.")
-        return lambda error: isinstance(error, kinds)
-    return lambda error: isinstance(error, Unwanted) or (isinstance(error, Exception) and on(error))
+def _rule(on: ChosenErrors | None) -> Callable[[Exception], bool]:
+    """What is worth another attempt; an answer of no use always is, for it was asked to be found out."""
+    rule = _is_retryable if on is None else chosen(on, "Retry")
+    return lambda error: isinstance(error, Unwanted) or rule(error)
+
+
+def _is_retryable(error: Exception) -> bool:
+    return isinstance(error, AsyncModelsError) and error.retryable
 
 
 # -- streams ----------------------------------------------------------------------------------------------------------

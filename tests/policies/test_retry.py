@@ -680,6 +680,7 @@ async def test_a_failure_is_freed_without_the_garbage_collector(script: list[Scr
         {"budget": math.nan},
         {"on": int},
         {"on": (ServerError, "429")},
+        {"on": "429"},
     ],
     ids=str,
 )
