@@ -8,6 +8,7 @@ them, unless a declaration says otherwise.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,12 +140,18 @@ def _template_parser(
     tokenizer: Any, template: Mapping[str, Any], prompt: str, tools: list[dict[str, Any]] | None
 ) -> TemplateParser:
     events = tokenizer.get_response_parser(dict(template), prefix=prompt, tools=tools)
-    calls = template["fields"].get("tool_calls", {})
-    return TemplateParser(
-        events,
-        reasons=any(name in template["fields"] for name in _REASONING),
-        ended="close" in calls or "close_pattern" in calls,
-    )
+    reasons = any(name in template["fields"] for name in _REASONING)
+    return TemplateParser(events, reasons=reasons, end=_end(template["fields"].get("tool_calls", {})))
+
+
+def _end(declared: Mapping[str, Any]) -> re.Pattern[str] | None:
+    marks = declared.get("close", [])
+    literals = [marks] if isinstance(marks, str) else marks
+    try:
+        pattern = "|".join([*map(re.escape, literals), *filter(None, [declared.get("close_pattern")])])
+        return re.compile(pattern, re.DOTALL) if pattern else None
+    except re.error:  # written for a richer kind of expressions than Python's own: it cannot be told whether it was cut
+        return None
 
 
 def _native_reader(native: NativeCalls, tools: list[dict[str, Any]]) -> Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -27,15 +28,16 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 class TemplateParser:
     """Reads one answer by the ``events`` of its text.
 
-    ``ended`` says that a call's region has a mark for its end, so that one without it was cut.
+    ``end`` is the mark of a call's end: an answer that ends inside of a call without it was cut. None where a call goes
+    on to the end of the answer.
     """
 
     special_tokens = True
 
-    def __init__(self, events: ResponseEvents, *, reasons: bool, ended: bool) -> None:
+    def __init__(self, events: ResponseEvents, *, reasons: bool, end: re.Pattern[str] | None) -> None:
         self._events = events
         self._reasons = reasons
-        self._ended = ended
+        self._end = end
         self._region: str | None = None
         self._last = ""
         self._calls = Numbered()
@@ -44,6 +46,7 @@ class TemplateParser:
         """What was fed and has not come back in any event: marks, and the text of a call."""
         self._broken = False
         self._take(events.initial_events, Pieces())  # what the prompt has of the answer is not the model's
+        self._spaces.mark()
 
     @property
     def reasoning(self) -> bool | None:
@@ -65,7 +68,7 @@ class TemplateParser:
         pieces = Pieces()
         if self._broken:
             return pieces
-        if self._region == "tool_calls" and self._ended:
+        if self._region == "tool_calls" and self._end is not None and not self._end.search(self._unread):
             self._give_up(pieces)
             return pieces
         kind = self._region
@@ -109,4 +112,5 @@ class TemplateParser:
     def _call(self, value: object, pieces: Pieces) -> None:
         calls = [as_call(item, ["name"], ["arguments"]) for item in (value if isinstance(value, list) else [value])]
         pieces.calls += self._calls.deltas(calls)
-        self._unread = ""
+        end = None if self._end is None else self._end.search(self._unread)
+        self._unread = "" if end is None else self._unread[end.end() :]
