@@ -10,28 +10,14 @@ from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from types import TracebackType
-from typing import Literal, TypeAlias
+from typing import Literal
 
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
-from asyncmodels.errors import (
-    AuthenticationError,
-    BudgetExceededError,
-    ConfigurationError,
-    ConflictError,
-    ContentFilterError,
-    ContextLengthError,
-    InvalidRequestError,
-    NotFoundError,
-    PermissionDeniedError,
-    QueueFullError,
-    RateLimitError,
-    ServerError,
-    ServerTimeoutError,
-    TransportError,
-)
+from asyncmodels.errors import BudgetExceededError, ConfigurationError
 from asyncmodels.origin import Origin, origin_of
 from asyncmodels.policies.budget_ledger import Reservation, Stand, Tally, Waiter, reserve
+from asyncmodels.policies.charges import Charge, charge_for, size_of
 from asyncmodels.policies.prices import PriceList, Prices, Tariff
 from asyncmodels.policies.spending import Spending, SpendingStatistics, open_runs
 from asyncmodels.policies.worst_case import worst_case
@@ -42,8 +28,6 @@ __all__ = ["Budget"]
 
 PRICES_LAST = 60.0
 """Seconds for which a price from the list is taken for the current one: some providers are cheaper at night."""
-
-Charge: TypeAlias = Literal["nothing", "input", "everything"]
 
 
 class Budget(Policy):
@@ -294,7 +278,7 @@ class _Call(Record):
             self.settle(max(0, money), max(0, usage.total_tokens))
             return
         if self._policy._estimates and isinstance(seen, Response):
-            bytes_seen = _size(seen)
+            bytes_seen = size_of(seen)
         self.charge("everything", bytes_seen)
 
     def failed(self, error: BaseException) -> None:
@@ -304,14 +288,14 @@ class _Call(Record):
             self.later(partial(self.charge, "everything" if self._sent else "nothing"))
             return
         self.left()
-        self.charge(_charge_for(error, sent=self._sent))
+        self.charge(charge_for(error, sent=self._sent))
 
     def later(self, then: Callable[[], None]) -> None:
         self._reservation.later(then)
 
     def refused(self, error: BaseException) -> None:
         """Charges a stream that was opened and failed before its first delta."""
-        self.charge(_charge_for(error, sent=self._sent))
+        self.charge(charge_for(error, sent=self._sent))
 
     def charge(self, charge: Charge, bytes_seen: int = 0) -> None:
         if charge == "nothing":
@@ -400,40 +384,8 @@ class _CountedDeltas(AsyncIterator[Delta]):
         if delta.cached:
             self.cached = True
         if self._estimates:
-            self.size += _size(delta)
+            self.size += size_of(delta)
         return delta
-
-
-def _charge_for(error: BaseException, *, sent: bool) -> Charge:
-    """What a provider may charge for a call that ended in ``error`` before anything of an answer was seen."""
-    if not sent or (isinstance(error, TransportError) and not error.sent):
-        return "nothing"
-    if isinstance(error, ContentFilterError | ContextLengthError):
-        return "input"  # it was read before it was refused, and some providers bill that
-    if isinstance(error, ServerError):
-        # Without a status it came inside of an answer that had begun.
-        return "everything" if error.status is None or isinstance(error, ServerTimeoutError) else "nothing"
-    return "nothing" if isinstance(error, _REFUSALS) else "everything"
-
-
-_REFUSALS = (
-    ConfigurationError,
-    InvalidRequestError,
-    AuthenticationError,
-    PermissionDeniedError,
-    NotFoundError,
-    ConflictError,
-    RateLimitError,
-    QueueFullError,
-)
-
-
-def _size(seen: Response | Delta) -> int:
-    """As many tokens as this can be at most."""
-    texts = [seen.content or "", seen.reasoning or ""]
-    for call in seen.tool_calls:
-        texts += [call.name or "", call.arguments]
-    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def _as_spending(spending: Spending | float | None) -> Spending:
