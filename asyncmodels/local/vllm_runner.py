@@ -234,7 +234,9 @@ def _translated(error: Exception) -> Exception:
     elif isinstance(cause, (VLLMClientError, ValueError)):
         ours = InvalidRequestError(f"vLLM refuses the request: {_why(cause)}")
     else:
-        ours = EngineError(f"The request broke inside of vLLM ({type(cause).__name__}: {_why(cause or error)})")
+        ours = EngineError(
+            f"The request broke inside of vLLM with {type(cause or error).__name__}: {_why(cause or error)}"
+        )
     ours.__cause__ = cause
     return ours
 
