@@ -23,6 +23,7 @@ import platform
 import statistics
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ from asyncmodels.local.mlx import MLXBackend
 from asyncmodels.types import Message, Request
 
 TOPICS = ("tides", "glass", "bread", "maps", "bees", "clocks", "rain", "chess", "salt", "bridges", "owls")
-TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>{% endfor %}<s>"
+START, END = "<s>", "</s>"
+TEMPLATE = START.join(("{% for message in messages %}", "{{ message['content'] }}" + END + "{% endfor %}", ""))
 NUMBERS = itertools.count()
 
 
@@ -49,11 +51,11 @@ NUMBERS = itertools.count()
 def build(folder: Path, hidden: int, layers: int) -> str:
     """A random Llama that reads and writes bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *alphabet])}
+    vocabulary = {token: index for index, token in enumerate([START, END, *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=END)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     config = {
@@ -148,7 +150,7 @@ async def measure(options: argparse.Namespace, path: str) -> dict[str, Any]:
     return {
         "model": options.model or f"random Llama, {options.layers} layers of {options.hidden}, float32",
         "device": f"{device}, {platform.machine()}",
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "requests": options.requests,
         "tokens": options.tokens,
         "rounds": rounds,

@@ -85,7 +85,7 @@ class PrefixStore:
                 self._entries.move_to_end(key)
                 return
         # Cut out of the batch's arrays, which would stay in memory as long as this is not done.
-        mx.async_eval([layer.state for layer in cache])
+        mx.async_eval([layer.state for layer in cache])  # type: ignore[no-untyped-call]  # as mlx has it
         self._count += 1
         self._entries[self._count] = entry
         self.bytes += size

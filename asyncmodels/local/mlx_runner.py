@@ -168,14 +168,18 @@ class MLXRunner(Runner):
         reports: list[tuple[int, list[mx.array]]] = []
         for response in tokens:
             row = self._by_uid[response.uid]
-            if row.own is not None:
-                if row.own.error is not None:
-                    outputs.append(Failed(row.sequence, row.own.error))
-                    continue
+            sampled = Sampled(row.sequence, response.token)
+            if row.own is None:
+                outputs.append(sampled)
+                continue
+            if row.own.error is None or len(row.sequence.output) < row.own.sampled:
                 if row.own.reports:
                     reports.append((len(outputs), row.own.reports.popleft().arrays(response.token)))
-            outputs.append(Sampled(row.sequence, response.token))
-            if row.own is not None and row.own.over:
+                outputs.append(sampled)
+            # What went wrong, or came to its end, did so while the next token was sampled: this one may be the last.
+            if row.own.error is not None:
+                outputs.append(Failed(row.sequence, row.own.error))
+            elif row.own.over:
                 outputs.append(Ended(row.sequence, "stop"))
         if reports:
             self._report(outputs, reports)
@@ -219,7 +223,7 @@ class MLXRunner(Runner):
             sequence.cached = cached
         sampling = sequence.sampling
         own: RowSampler | None = None
-        if sampling.penalised or sampling.seed is not None or sampling.logprobs is not None or sequence.constraint:
+        if RowSampler.needed(sampling, sequence.constraint):
             own = RowSampler(sampling, fallback=self._fallback, constraint=sequence.constraint)
         rest = list(sequence.prompt[cached:])
         [uid] = self._generator.insert(
@@ -241,8 +245,7 @@ class MLXRunner(Runner):
                 row.prefilled = True
                 if row.left >= _WORTH_SHARING:
                     fresh.append(row)
-        if fresh and (self._pending or len(fresh) < len(self._rows)):
-            self._keep(fresh)
+        self._keep(fresh)
 
     def _keep(self, rows: list[_Row]) -> None:
         if self._store is None or not rows:

@@ -125,12 +125,11 @@ class Report:
 
     @staticmethod
     def read(arrays: list[mx.array]) -> tuple[float, tuple[tuple[int, float], ...]]:
-        own, *best = arrays
+        values: list[Any] = [array.tolist() for array in arrays]
+        own, *best = values
         if not best:
-            return float(own.item()), ()
-        ids, values = best
-        pairs: Any = zip(ids.tolist(), values.tolist(), strict=True)
-        return float(own.item()), tuple(sorted(pairs, key=lambda pair: -pair[1]))
+            return own, ()
+        return own, tuple(sorted(zip(*best, strict=True), key=lambda pair: -pair[1]))
 
 
 class RowSampler:
@@ -144,6 +143,8 @@ class RowSampler:
         self.error: Exception | None = None
         self.reports: deque[Report] = deque()
         """Those of the tokens that were sampled and not handed out yet."""
+        self.sampled = 0
+        """How many tokens there were before anything went wrong."""
         self._sampling = sampling
         self._sample: Callable[..., mx.array] = shared_sampler(sampling)
         self._fallback = fallback
@@ -152,6 +153,13 @@ class RowSampler:
         self._counts: mx.array | None = None
         self._last: mx.array | None = None
         """The token that was sampled last, [1]."""
+
+    @staticmethod
+    def needed(sampling: Sampling, constraint: Constrains | None) -> bool:
+        """Whether a row that is sampled like this must have one."""
+        return (
+            constraint is not None or sampling.seed is not None or sampling.penalised or sampling.logprobs is not None
+        )
 
     @property
     def over(self) -> bool:
@@ -174,6 +182,7 @@ class RowSampler:
     def sample(self, logprobs: mx.array) -> mx.array:
         try:
             self._last = self._draw(logprobs)
+            self.sampled += self.error is None
         except Exception as error:
             self.error = self.error or error
             self._last = mx.array([self._fallback], dtype=mx.uint32)
@@ -204,9 +213,10 @@ class RowSampler:
 
     def _constrain(self, scores: mx.array, constraint: Constrains) -> mx.array:
         # The forward runs while the mask is made; the token that it began with is there already.
-        mx.async_eval(scores)
+        mx.async_eval(scores)  # type: ignore[no-untyped-call]  # as mlx has it
         if self._last is not None:
-            constraint.take(int(self._last.item()))
+            token: Any = self._last.item()
+            constraint.take(token)
         if constraint.over:
             return self._forced(scores)  # of a token that nobody will see
         width = scores.shape[-1]

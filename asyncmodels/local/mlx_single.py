@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 __all__ = ["SingleGenerator"]
 
@@ -52,6 +53,8 @@ class SingleGenerator:
         self._prefill_step_size = prefill_step_size
         self._rows: deque[_Row] = deque()
         self._count = 0
+        self._wired_limit = maybe_set_recommended_wired_limit()
+        """The limit of memory that stays in place on a Mac, as it was before; None elsewhere."""
 
     @property
     def prompt_cache_nbytes(self) -> int:
@@ -88,7 +91,7 @@ class SingleGenerator:
         if row.next is not None:
             token = row.next
             self._advance(row, token)
-            return [], [_Token(row.uid, int(token.item()))]
+            return [], [_Token(row.uid, *_as_list(token))]
         if len(row.rest) > 1:
             count = min(self._prefill_step_size, len(row.rest) - 1)
             self._model(mx.array(row.rest[:count])[None], cache=row.cache)
@@ -110,6 +113,10 @@ class SingleGenerator:
 
     def close(self) -> None:
         self._rows.clear()
+        if self._wired_limit is not None:
+            mx.synchronize()
+            mx.set_wired_limit(self._wired_limit)
+            self._wired_limit = None
 
     def _advance(self, row: _Row, token: mx.array) -> None:
         """Has the model see ``token``, [1], and begins to compute what comes after it."""
@@ -117,5 +124,10 @@ class SingleGenerator:
         for processor in row.processors:
             logits = processor(token, logits)
         row.next = row.sampler(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.async_eval(row.next)
-        row.tokens.append(int(token.item()))
+        mx.async_eval(row.next)  # type: ignore[no-untyped-call]  # as mlx has it
+        row.tokens += _as_list(token)
+
+
+def _as_list(tokens: mx.array) -> list[int]:
+    listed: Any = tokens.tolist()
+    return list(listed)

@@ -247,10 +247,33 @@ async def test_a_model_that_is_dropped_ends_its_thread(tiny_model: Path) -> None
 async def test_two_models_at_once(tiny_model: Path) -> None:
     """Two engines in one process, each on a thread of its own, do not disturb each other."""
     async with MLXModel(str(tiny_model), max_tokens=20) as one, load(f"mlx:{tiny_model}", max_tokens=20) as two:
-        answers = await asyncio.gather(
-            *(model.generate(prompt) for prompt in PROMPTS for model in (one, two)),
-        )
+        both = (one, two)
+        answers = await asyncio.gather(*(model.generate(prompt) for prompt in PROMPTS for model in both))
+        held = await asyncio.gather(*(model.generate("hi", grammar=Regex("[a-z]{9}")) for model in both))
+        drawn = await asyncio.gather(*(model.generate("hi", temperature=1.5) for model in both))
     assert [answer.content for answer in answers[::2]] == [answer.content for answer in answers[1::2]]
+    assert held[0].content == held[1].content
+    # The random numbers of every thread begin with the same state, unless they are seeded.
+    assert drawn[0].content != drawn[1].content
+
+
+def test_the_interpreter_ends_without_closing(tiny_model: Path) -> None:
+    """A program that ends without closing its models, idle and busy, ends at once, prints nothing and returns 0."""
+    code = (
+        "import asyncio\n"
+        "from asyncmodels import MLXModel, Message\n"
+        "from asyncmodels.types import Request\n"
+        f"idle, busy = (MLXModel({str(tiny_model)!r}) for _ in range(2))\n"
+        "kept = []\n"
+        "async def main():\n"
+        "    await idle.generate('x', max_tokens=3)\n"
+        "    request = Request(messages=(Message('user', 'x'),), extra={'ignore_eos': True})\n"
+        "    kept.append(await busy.backend.engine.submit(request, streaming=True))\n"
+        "    await kept[0].__anext__()\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # -- grammars and tools -----------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ def greedy(driver: Driver, prompt: tuple[int, ...], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
         logits = model(mx.array([ids]), cache=make_prompt_cache(model))
-        ids.append(int(mx.argmax(logits[0, -1]).item()))
+        token: Any = mx.argmax(logits[0, -1]).item()
+        ids.append(token)
     return ids[len(prompt) :]
 
 
@@ -185,9 +186,24 @@ def test_a_constraint_that_breaks_fails_its_row_alone(drive: Drive) -> None:
     [failed] = [output for output in outputs if isinstance(output, Failed)]
     assert failed.sequence is bad
     assert isinstance(failed.error, LookupError)
-    assert len(bad.output) == 3
+    # The token after which it broke is still good, and might have been the last.
+    assert bad.output == greedy(driver, bad.prompt, 4)
     assert good.output == greedy(driver, good.prompt, 12)
     driver.assert_empty()
+    last = driver.sequence("hello there", 4)
+    last.constraint = Breaking(after=3)
+    assert all(isinstance(output, Sampled) or output.sequence.output == bad.output for output in driver.run(last))
+
+
+def test_a_constraint_that_breaks_at_once_says_nothing(drive: Drive) -> None:
+    """A row that fails before its first token hands none out."""
+    driver = drive()
+    good, bad = driver.sequence("hello", 4), driver.sequence("hello there", 4)
+    bad.constraint = object()
+    outputs = driver.run(bad, good)
+    assert [type(output) for output in outputs if output.sequence is bad] == [Failed]
+    assert not bad.output
+    assert good.output == greedy(driver, good.prompt, 4)
 
 
 def test_close_twice(drive: Drive) -> None:

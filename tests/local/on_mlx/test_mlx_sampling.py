@@ -20,6 +20,11 @@ def logprobs(rows: int = 1) -> mx.array:
     return mx.log(mx.array([PROBABILITIES] * rows))
 
 
+def as_list(array: mx.array) -> list[Any]:
+    listed: Any = array.tolist()
+    return list(listed)
+
+
 def draw(**sampling: Any) -> dict[int, float]:
     """How often each token is chosen."""
     mx.random.seed(0)
@@ -81,7 +86,7 @@ def test_any_whole_number_is_a_seed(seed: int) -> None:
     for _ in range(2):
         row = RowSampler(Sampling(temperature=1.0, seed=seed), fallback=0)
         assert not row.processes
-        drawn.append([row.sample(logprobs()).tolist() for _ in range(20)])
+        drawn.append([as_list(row.sample(logprobs())) for _ in range(20)])
         assert row.error is None
     assert drawn[0] == drawn[1]
     assert len({token for [token] in drawn[0]}) > 1
@@ -95,7 +100,7 @@ def test_penalties() -> None:
     seen = []
     for _ in range(4):
         processed = row.process(mx.array([0]), logits)
-        seen.append([round(value, 3) for value in processed[0].tolist()])
+        seen.append([round(value, 3) for value in as_list(processed[0])])
         row.sample(processed)
     assert seen == [[3.0, 2.9, 0.0], [2.25, 2.9, 0.0], [2.25, 2.15, 0.0], [1.75, 2.15, 0.0]]
 
@@ -145,12 +150,10 @@ def test_masks(width: int) -> None:
         chosen: list[Any] = []
         for _ in wanted:
             scores = row.process(mx.array([0]), logits)
-            chosen += row.sample(scores - mx.logsumexp(scores)).tolist()
+            chosen += as_list(row.sample(scores - mx.logsumexp(scores)))
         assert tuple(chosen) == wanted
-        assert not row.over
-        # The token ahead, which nobody sees.
-        assert row.sample(row.process(mx.array([0]), logits)).tolist() == [5]
-        assert row.over
+        before, ahead = row.over, row.sample(row.process(mx.array([0]), logits))  # which nobody sees
+        assert (before, ahead.tolist(), row.over) == (False, [5], True)
         assert row.error is None
 
 
@@ -163,5 +166,6 @@ def test_nothing_raises() -> None:
         assert row.sample(row.process(mx.array([0]), logprobs())).tolist() == [2]
     assert isinstance(row.error, AssertionError)
     broken = RowSampler(Sampling(temperature=1.0, seed=1), fallback=2)
-    assert broken.sample(None).tolist() == [2]
+    nothing: Any = None
+    assert broken.sample(nothing).tolist() == [2]
     assert broken.error is not None
