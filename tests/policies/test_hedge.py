@@ -308,6 +308,16 @@ async def test_a_first_request_that_ignores_the_cancel(streaming: bool) -> None:
             assert nothing_is_left(hedge, server)
 
 
+async def test_a_good_second_stream_that_is_not_taken_is_closed() -> None:
+    """Where the first answers although it was cancelled, the second, which had won, is closed before anybody reads."""
+    async with FakeClock(autojump=True) as clock:
+        server = Server(clock, [(20, None), (1, None)], rest=100)
+        server.deaf = True
+        async with hedging(server, clock).stream(ask()) as deltas:
+            assert (await anext(deltas)).content == "0"
+            assert (clock.time(), server.running) == (3, 1)
+
+
 # -- cancelling -------------------------------------------------------------------------------------------------------
 
 
@@ -704,10 +714,15 @@ async def test_failures_are_freed_without_the_garbage_collector(streaming: bool)
         hedge = hedging(Failing(clock), clock)
         gc.disable()
         try:
-            with suppress(ServerError):
+            with pytest.raises(ServerError) as caught:
                 await answer(hedge, streaming)
             await clock.settle()
             assert len(references) == 2
+            assert references[0]() is caught.value
+            # The error that is raised does not know the other.
+            assert streaming or references[1]() is None
+            del caught
+            await clock.settle()
             assert references[0]() is None
             # asyncio itself makes a circle of a task in which a context manager fails.
             assert streaming or references[1]() is None

@@ -203,7 +203,8 @@ async def test_a_pool_that_fails_often_gives_nobody_up() -> None:
             lambda request: fine(request) if next(numbers) % 3 else poison(), repeat=True
         )
 
-        errors = await pool.use("bad", 50)
+        # Often nobody fails between two failures of this one; over all of them it shows.
+        errors = await pool.use("bad", 100, others=2)
 
         assert not any(isinstance(error, RepeatedFailureError) for error in errors)
 
@@ -277,6 +278,24 @@ async def test_others_that_look_alike_are_not_given_up() -> None:
 
 def fail(known: RepeatedFailures, text: str, answered: int) -> RepeatedFailureError | None:
     return known.failed(ask(text), poison(), answered, 0.0)
+
+
+def test_a_good_past_does_not_excuse_an_outage() -> None:
+    """While hardly anybody is answered no failure counts, however well the pool was since the first one."""
+    known = RepeatedFailures(4)
+    assert fail(known, "bad", 10) is None
+    assert fail(known, "bad", 1010) is None
+    answered = 1010
+    for n in range(20):
+        for other in "abc":
+            answered += 1
+            assert fail(known, f"{other} {n}", answered) is None
+        answered += 1
+        assert fail(known, "bad", answered) is None
+    assert known.given_up == 0
+
+    assert fail(known, "bad", 2000) is None
+    assert fail(known, "bad", 3000) is not None
 
 
 def test_what_is_remembered_is_bounded() -> None:
