@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable
+from random import Random
 
 import pytest
 
@@ -38,7 +39,11 @@ class Pool:
         self.sent: dict[str, int] = {}
         self.clock = clock
         self.retry = Retry(
-            ScriptedBackend(self.answer, repeat=True), budget=None, same_failures=same_failures, clock=clock
+            ScriptedBackend(self.answer, repeat=True),
+            budget=None,
+            same_failures=same_failures,
+            clock=clock,
+            random=Random(7).random,
         )
 
     def answer(self, request: Request) -> str | AsyncModelsError:
@@ -194,13 +199,13 @@ async def test_a_pool_that_is_down_gives_nobody_up() -> None:
 
 
 async def test_a_pool_that_fails_often_gives_nobody_up() -> None:
-    """Where a third of the others fails as well, the pool is to blame."""
+    """Where half of the others fails as well, the pool is to blame."""
     async with FakeClock(autojump=True) as clock:
         numbers = iter(range(10**6))
         pool = Pool(clock, bad=poison)
         fine = pool.answer
         pool.retry.backend = ScriptedBackend(
-            lambda request: fine(request) if next(numbers) % 3 else poison(), repeat=True
+            lambda request: fine(request) if next(numbers) % 2 else poison(), repeat=True
         )
 
         # Often nobody fails between two failures of this one; over all of them it shows.

@@ -323,7 +323,7 @@ async def test_a_crowd_whose_turn_comes_too_late_is_told_at_once() -> None:
 # -- no storm ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("per_second", [20, 200])
+@pytest.mark.parametrize("per_second", [20, 100])
 @pytest.mark.parametrize(
     "failure",
     [ServerError("x"), OverloadedError("x", retry_after=1), RateLimitError("x"), RateLimitError("x", retry_after=1)],
