@@ -336,6 +336,8 @@ def test_the_script_does_what_the_bucket_does(one_server: RedisServer, given_lim
         client.delete("asyncmodels:limit:twin")
     now = 1_795_352_400.123456
     bucket = Bucket(now, given_limits)
+    store.time = now
+    store.exchange(Asked(given_limits))
     grants: list[Any] = []
     for seconds, costs, backs, lesson, ahead in steps:
         now += seconds
