@@ -115,6 +115,15 @@ class TransformersModel(LocalModel):
     ``chat_template_kwargs``; the extras of messages and their parts, hints to providers such as ``cache_control``, mean
     nothing to a local model and are left aside. ``usage`` counts every generated token, an end-of-text token and those
     that a stop sequence cuts off included; ``logprobs`` has an entry for each but those whose text was all cut off.
+
+    ``grammar`` and ``response_format`` hold the answer to a grammar of llguidance, token by token; it ends when nothing
+    can follow. A grammar that is wrong, cannot be had or is too large is refused before it is queued. ``logprobs`` are
+    those of the model, before the grammar. ``tools`` go through the chat template where it knows them and the model's
+    calls can be read; any other model is told of them in the system message, and to write a JSON object with
+    ``tool_name_key`` and ``tool_arguments_key`` between ``<tool_call>`` and ``</tool_call>``. A call that ``tool_choice``
+    demands is one call of the tool by its schema, by grammar, whatever the model; stop sequences mean nothing to it.
+    What looks like a call and cannot be read stays content. Reasoning goes to ``reasoning``; an answer that a grammar
+    holds has none.
     """
 
     def __init__(
@@ -135,6 +144,8 @@ class TransformersModel(LocalModel):
         prefill_tokens: int | None = None,
         share_weights: bool = False,
         max_restarts: int = 3,
+        tool_name_key: str = "name",
+        tool_arguments_key: str = "arguments",
         policies: tuple[Callable[[Backend], Backend], ...] = (),
         **defaults: Unpack[Parameters],
     ) -> None:
@@ -154,6 +165,8 @@ class TransformersModel(LocalModel):
             prefill_tokens=prefill_tokens,
             share_weights=share_weights,
             max_restarts=max_restarts,
+            tool_name_key=tool_name_key,
+            tool_arguments_key=tool_arguments_key,
             locate=self._locate,
         )
         super().__init__(backend, *policies, **defaults)
