@@ -256,9 +256,10 @@ def serve(bucket: Bucket, now: float, asked: Asked) -> Answer:
             break
         bucket.spend(cost)
         delays.append(delay)
+    wait = bucket.wait(now)
     a, b, c, d = bucket.levels
     w, x, y, z = bucket.learned
-    return Answer(tuple(delays), bucket.wait(now), bucket.at, bucket.number, (a, b, c, d), bucket.spent, (w, x, y, z))
+    return Answer(tuple(delays), wait, bucket.at, bucket.number, (a, b, c, d), bucket.spent, (w, x, y, z))
 
 
 def grants_of(answer: Answer, costs: Sequence[Amounts]) -> list[Grant]:
