@@ -120,7 +120,7 @@ class TransformersModel(LocalModel):
     can follow. A grammar that is wrong, cannot be had or is too large is refused before it is queued. ``logprobs`` are
     those of the model, before the grammar. ``tools`` go through the chat template where it knows them and the model's
     calls can be read; any other model is told of them in the system message, and to write a JSON object with
-    ``tool_name_key`` and ``tool_arguments_key`` between ``<tool_call>`` and ``</tool_call>``. A call that ``tool_choice``
+    ``tool_name_key`` and ``tool_arguments_key`` between ``<tool_call>`` and ``</tool_call>``. What ``tool_choice``
     demands is one call of the tool by its schema, by grammar, whatever the model; stop sequences mean nothing to it.
     What looks like a call and cannot be read stays content. Reasoning goes to ``reasoning``; an answer that a grammar
     holds has none.
