@@ -51,7 +51,7 @@ HOLD_MOST = 60.0
 """Seconds. Nobody is held back for longer on the word of one answer; the next one says whether it still holds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # one a call: to be frozen would take longer than all the rest
 class Grant:
     """What a call took: the how manieth it was, when it may go, and how much had been spent with it."""
 
@@ -78,7 +78,7 @@ class Bucket:
     ``learned`` limits are what the server said; the smaller one holds.
     """
 
-    __slots__ = ("_given", "_rates", "at", "heeded", "held_until", "learned", "levels", "number", "spent")
+    __slots__ = ("_given", "_rates", "at", "heeded", "held_until", "learned", "levels", "limits", "number", "spent")
 
     def __init__(self, now: float, given: Limits = (None, None, None, None)) -> None:
         self.at = now
@@ -97,11 +97,7 @@ class Bucket:
     @given.setter
     def given(self, limits: Limits) -> None:
         self._given = limits
-        self._rates = self._reckon()
-
-    def limits(self) -> Limits:
-        """The limits that hold, a minute."""
-        return limits_that_hold(self._given, self.learned)
+        self._reckon()
 
     def take(self, now: float, cost: Amounts) -> Grant | None:
         """Lets a call go; None where it must wait."""
@@ -155,7 +151,7 @@ class Bucket:
             return
         self.heeded = grant.number
         self.learned = [new or old for new, old in zip(lesson.limits, self.learned, strict=True)]
-        self._rates = self._reckon()
+        self._reckon()
         self._refill(now)
         if lesson.hold > 0:
             self.held_until = max(self.held_until, now + min(lesson.hold, HOLD_MOST))
@@ -186,8 +182,10 @@ class Bucket:
         bucket.given = given
         return bucket
 
-    def _reckon(self) -> tuple[tuple[int, float], ...]:
-        return tuple((place, limit / 60) for place, limit in enumerate(self.limits()) if limit is not None)
+    def _reckon(self) -> None:
+        """Finds out which limits hold, a minute, and how much of each flows in a second."""
+        self.limits = limits_that_hold(self._given, self.learned)
+        self._rates = tuple((place, limit / 60) for place, limit in enumerate(self.limits) if limit is not None)
 
     def _refill(self, now: float) -> None:
         elapsed = now - self.at

@@ -51,9 +51,19 @@ class Meter:
         """Refuses what can never go."""
         if self.closed:
             raise ClosedError("This rate limit was closed.")
-        for name, amount, limit in zip(DIMENSIONS, cost, self.gate.limits(), strict=True):
-            if limit is not None and amount > limit and name != "requests":
-                self.refused += 1
+        limits = self.gate.limits()
+        _, tokens, given, answer = limits
+        if (
+            (tokens is not None and cost[1] > tokens)
+            or (given is not None and cost[2] > given)
+            or (answer is not None and cost[3] > answer)
+        ):
+            self._refuse(cost, limits)
+
+    def _refuse(self, cost: Amounts, limits: Limits) -> None:
+        self.refused += 1
+        for name, amount, limit in list(zip(DIMENSIONS, cost, limits, strict=True))[1:]:
+            if limit is not None and amount > limit:
                 raise InvalidRequestError(
                     f"This request takes about {amount:.0f} {name.replace('_', ' ')}, and the limit is {limit:g} a "
                     "minute: it can never be let through. Shorten it, or lower its max_tokens."

@@ -113,7 +113,7 @@ class LocalGate(Gate["_LocalLine"]):
         self._tell()
 
     def limits(self) -> Limits:
-        return self.bucket.limits()
+        return self.bucket.limits
 
     def levels(self) -> Amounts:
         now = self.clock.time()
