@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,9 @@ class PrefixStore:
         self.bytes = 0
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._count = 0
+        self._lookups = 0
+        self._hits = 0
+        self._reused = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -55,6 +58,7 @@ class PrefixStore:
 
         It always leaves at least the last token of the prompt to the model, which must say what follows.
         """
+        self._lookups += 1
         wanted = np.asarray(prompt[:-1], dtype=np.int32)
         best, length = None, _LEAST - 1
         for key, entry in self._entries.items():
@@ -70,6 +74,8 @@ class PrefixStore:
         cache, surplus = copy.deepcopy(entry.cache), len(entry.tokens) - length
         if surplus and any(layer.trim(surplus) != surplus for layer in cache):
             return None, 0
+        self._hits += 1
+        self._reused += length
         return cache, length
 
     def keep(self, salt: str | None, tokens: Sequence[int], cache: list[Any]) -> None:
@@ -91,6 +97,16 @@ class PrefixStore:
         self.bytes += size
         while self.bytes > self.max_bytes or len(self._entries) > _MOST:
             self._drop(next(iter(self._entries)))
+
+    def statistics(self) -> Mapping[str, float]:
+        """What it holds, and what it was good for: tokens that nobody had to work off again."""
+        return {
+            "prefix_cache_bytes": self.bytes,
+            "prefix_cache_max_bytes": self.max_bytes,
+            "prefix_cache_lookups": self._lookups,
+            "prefix_cache_hits": self._hits,
+            "prefix_cache_tokens": self._reused,
+        }
 
     def clear(self) -> None:
         self._entries.clear()

@@ -15,7 +15,7 @@ import gc
 import secrets
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,10 @@ from asyncmodels.local.sequence import Sequence
 
 __all__ = ["MLXRunner"]
 
-_MEMORY_SHARE = 0.6
+_MEMORY_SHARE = 0.7
 """How much of the free memory keys and values may take; growing and joining need room for copies on top."""
-_PREFIX_SHARE = 0.1
-"""How much of the free memory those that are kept for later may take, where nobody says."""
+_PREFIX_SHARE, _MOST_PREFIX_SHARE = 0.1, 0.5
+"""How much of it those that are kept for later may take, where nobody says and whatever anybody says."""
 _NOBODY_WAITS = 4
 """How many times as much a step prefills while nobody decodes, who would have to wait for it."""
 _TOGETHER = 4
@@ -76,6 +76,7 @@ class MLXRunner(Runner):
         self._pending: deque[Sequence] = deque()
         self._rows: dict[Sequence, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
+        self._prefilled = 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -85,7 +86,8 @@ class MLXRunner(Runner):
         tokenizer = weights.tokenizer
         self._fallback = min(weights.eos_token_ids, default=0)
         free = free_memory()
-        stored = int(free * _PREFIX_SHARE) if self._prompt_cache_bytes is None else self._prompt_cache_bytes
+        wanted = free * _PREFIX_SHARE if self._prompt_cache_bytes is None else self._prompt_cache_bytes
+        stored = int(min(wanted, free * _MOST_PREFIX_SHARE))
         self._store = PrefixStore(stored) if stored else None
         bytes_per_token, width = weights.try_out()
         self._generator = self._make_generator(weights)
@@ -95,7 +97,7 @@ class MLXRunner(Runner):
             context_length=weights.context_length,
             eos_token_ids=weights.eos_token_ids,
             sampling=weights.sampling,
-            max_tokens=max(1, int(free * _MEMORY_SHARE / bytes_per_token)) if bytes_per_token else None,
+            max_tokens=max(1, int((free * _MEMORY_SHARE - stored) / bytes_per_token)) if bytes_per_token else None,
             padded=weights.batchable,
             compile_grammar=GrammarCompiler(tokenizer, width, weights.eos_token_ids).compile,
             native_calls=weights.native_calls,
@@ -103,6 +105,9 @@ class MLXRunner(Runner):
             device=mx.default_device().type.name,
             dtype=weights.dtype,
         )
+
+    def statistics(self) -> Mapping[str, float]:
+        return {"prefilled_tokens": self._prefilled, **(self._store.statistics() if self._store is not None else {})}
 
     def _make_generator(self, weights: MLXWeights) -> Any:
         if not weights.batchable:
@@ -234,6 +239,7 @@ class MLXRunner(Runner):
             samplers=[shared_sampler(sampling) if own is None else own.sample],
             logits_processors=[[own.process] if own is not None and own.processes else []],
         )
+        self._prefilled += len(rest)
         self._rows[sequence] = self._by_uid[uid] = _Row(sequence, uid, own, len(rest))
 
     def _note(self, progress: Iterable[Any]) -> None:

@@ -28,6 +28,7 @@ from asyncmodels.errors import (
 )
 from asyncmodels.local.mlx import MLXBackend, MLXModel
 from asyncmodels.local.mlx_runner import MLXRunner
+from asyncmodels.local.smollm import smollm_path
 from asyncmodels.types import Choice, ImagePart, Message, Regex, Request, Response, Tool
 from tests.local.on_mlx.tiny_mlx import UNBATCHABLE, build_tiny_model
 from tests.local.tiny import build_tokenizer
@@ -410,3 +411,11 @@ async def test_the_arguments_of_loading(tiny_model: Path) -> None:
         with pytest.raises(ContextLengthError) as caught:
             await model.generate("x" * 100)
         assert caught.value.limit == 64
+
+
+async def test_real_weights_in_half_precision() -> None:
+    """SmolLM2 in bfloat16, the checkpoint's own precision, knows its capitals; in float32 MLX on a CPU does not."""
+    async with MLXModel(str(smollm_path()), max_tokens=6, temperature=0) as model:
+        response = await model.generate("What is the capital of France?")
+        assert response.content == "The capital of France is Paris"
+        assert _engine(model).dtype == "bfloat16"

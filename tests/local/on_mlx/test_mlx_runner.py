@@ -257,6 +257,10 @@ def test_agents_that_share_a_beginning(drive: Drive) -> None:
     for sequence in sequences:
         assert sequence.output == greedy(driver, sequence.prompt, 4)
     driver.assert_empty()
+    counts = driver.runner.statistics()
+    assert (counts["prefilled_tokens"], counts["prefix_cache_tokens"]) == (work, sum(cached))
+    assert (counts["prefix_cache_lookups"], counts["prefix_cache_hits"]) == (16, sum(map(bool, cached)))
+    assert 0 < counts["prefix_cache_bytes"] < counts["prefix_cache_max_bytes"]
 
 
 def test_salts_keep_apart(drive: Drive) -> None:
@@ -275,6 +279,7 @@ def test_without_a_prompt_cache(drive: Drive) -> None:
         sequence = driver.sequence(SYSTEM, 2)
         driver.run(sequence)
         assert sequence.cached is None
+    assert list(driver.runner.statistics()) == ["prefilled_tokens"]
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------
