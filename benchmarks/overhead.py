@@ -184,7 +184,7 @@ def run_row(
 def import_time(rounds: int) -> dict[str, Any]:
     code = (
         "import sys, time; start = time.perf_counter(); import asyncmodels; took = time.perf_counter() - start;"
-        "extras = {'openai', 'httpx2', 'pydantic', 'torch', 'transformers', 'anyio', 'tenacity'} & set(sys.modules);"
+        "extras = {'openai', 'httpx2', 'pydantic', 'torch', 'transformers', 'anyio'} & set(sys.modules);"
         "print(took * 1000, ','.join(sorted(extras)) or 'none')"
     )
     lines = [

@@ -107,7 +107,7 @@ def remote_chain(**options: Unpack[ChainOptions]) -> Sequence[PolicyLike]:
             requests_per_minute=options.get("requests_per_minute"),
             tokens_per_minute=options.get("tokens_per_minute"),
         ),
-        partial(Concurrency, limit=limit),
+        partial(Concurrency, limit=limit, park=True),
     )
 
 
