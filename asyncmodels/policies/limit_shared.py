@@ -41,7 +41,8 @@ OnStoreError: TypeAlias = Literal["raise", "local"]
 
 _AT_ONCE = 64
 _MOST_BACKS = 1000
-_HURRY, _SLACK = 0.9, 0.02
+_HURRY, _SLACK = 0.95, 0.01
+"""How much closer than they were to be those may follow each other who are late by more than so many seconds."""
 _AHEAD = 0.1
 """Seconds. So far ahead calls are told when they may go: a busy store, or process, then costs nobody's time."""
 _SHORTEST, _JITTER, _LONGEST = 0.005, 0.02, 1.0

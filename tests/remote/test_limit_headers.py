@@ -16,6 +16,7 @@ from asyncmodels.errors import RateLimitError
 from asyncmodels.remote.limit_headers import rate_limits_in, rate_limits_of
 from asyncmodels.remote.openai import OpenAIModel
 from asyncmodels.types import Allowance, RateLimits
+from tests.remote.litellm_noise import NOISE
 from tests.server.handle import Server
 from tests.server.script import Answer
 
@@ -299,3 +300,18 @@ async def test_answers_without_them_have_none(server: Server) -> None:
     place = server.script(Answer())
     async with OpenAIModel("m", api_base=f"{place.url}/v1", api_key="k") as model:
         assert (await model.generate("Hi")).rate_limits is None
+
+
+@pytest.mark.parametrize("noise", [pytest.param(None, marks=NOISE)])
+async def test_litellm_hands_them_on(server: Server, noise: None) -> None:
+    """Under names of its own litellm has them, too, of a whole answer and of a stream."""
+    pytest.importorskip("litellm")
+    from asyncmodels.remote.litellm import LiteLLMModel
+
+    place = server.script(Answer(headers=list(OPENAI.items())))
+    async with LiteLLMModel("openai/m", api_base=f"{place.url}/v1", api_key="k") as model:
+        assert (await model.generate("Hi")).rate_limits == OF_OPENAI
+        async with model.stream("Hi") as stream:
+            async for _ in stream:
+                pass
+        assert (await stream.response()).rate_limits == OF_OPENAI
