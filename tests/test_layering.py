@@ -30,6 +30,7 @@ CORE: Mapping[str, set[str]] = {
     "types": set(),
     "errors": set(),
     "clock": set(),
+    "histogram": set(),
     "recipe": set(),
     # what brings callers' words to values
     "strict": set(),
@@ -104,8 +105,8 @@ PACKAGES: Mapping[str, set[str]] = {
         "stream",
         "types",
     },
-    "local": {"backend", "clock", "errors", "messages", "model", "request", "stopping", "types"},
-    "batch": {"answers", "backend", "clock", "errors", "identity", "messages", "model", "request", "types"},
+    "local": {"backend", "clock", "errors", "histogram", "messages", "model", "request", "stopping", "types"},
+    "batch": {"answers", "backend", "clock", "errors", "histogram", "identity", "messages", "model", "request", "types"},
 }
 """What every module of a package may import beside its own package; batch, server and integrations come later."""
 
@@ -235,6 +236,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "remote.bedrock_client": {"aiobotocore", "aiohttp", "botocore"},
     "remote.bedrock_config": {"aiobotocore", "botocore"},
     "remote.bedrock_errors": {"aiohttp", "botocore"},
+    "remote.bedrock_key": {"botocore"},
     "remote": {"anyio", "httptools", "httpx2", "orjson"},
     "remote.openai_client": {"openai"},
     "remote.azure_client": {"openai"},

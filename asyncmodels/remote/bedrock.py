@@ -12,12 +12,19 @@ from typing import Any, NoReturn, Unpack, cast
 from aiobotocore.client import AioBaseClient
 
 from asyncmodels.backend import Backend, Capabilities
-from asyncmodels.errors import ClosedError, ConfigurationError, TransportError, TruncatedResponseError
+from asyncmodels.errors import (
+    AuthenticationError,
+    ClosedError,
+    ConfigurationError,
+    TransportError,
+    TruncatedResponseError,
+)
 from asyncmodels.model import Messages, Model
 from asyncmodels.remote.bedrock_client import Clients, Lease, service_members
 from asyncmodels.remote.bedrock_config import check_limits, configured, own_client
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.bedrock_events import keep_exceptions
+from asyncmodels.remote.bedrock_key import KeySource
 from asyncmodels.remote.bedrock_secrets import Secrets
 from asyncmodels.remote.chain import ConcurrencyLimit, PolicyLike, remote_chain
 from asyncmodels.remote.converse import (
@@ -33,6 +40,7 @@ from asyncmodels.remote.converse import (
 from asyncmodels.remote.converse_answer import EventReader, response_from
 from asyncmodels.remote.in_flight import Waiting
 from asyncmodels.remote.options import require_model_id
+from asyncmodels.remote.tokens import TokenProvider
 from asyncmodels.request import Parameters
 from asyncmodels.roles import checked_conversions
 from asyncmodels.stopping import StopMatcher, cut
@@ -55,8 +63,10 @@ class BedrockModel(Model):
     unless its maker said more. To have both from here, make it with
     ``AioConfig(retries={"total_max_attempts": 1}, max_pool_connections=...)``.
 
-    ``api_key`` is a Bedrock API key; without it, and without credentials in ``client_kwargs``, AWS_BEARER_TOKEN_BEDROCK
-    is one. Where neither says it, AWS_REGION is the region, too.
+    ``api_key`` is a Bedrock API key, or a function (sync or async) that gives one, such as that of
+    aws-bedrock-token-generator: a sync one is asked in a thread, and again before the key ends, after a minute where it
+    does not say when, and when Bedrock refuses it; the client is then this model's alone. Without it, and without
+    credentials in ``client_kwargs``, AWS_BEARER_TOKEN_BEDROCK is one. Where neither says it, AWS_REGION is the region.
 
     ``custom_role_conversions`` renames roles on the way out (``{"system": "user"}`` for models that know no system
     prompt), ``flatten_messages_as_text`` sends text parts as one string. ``structured_output`` says how
@@ -87,7 +97,7 @@ class BedrockModel(Model):
         custom_role_conversions: Mapping[str, str] | None = None,
         flatten_messages_as_text: bool = False,
         *,
-        api_key: str | None = None,
+        api_key: str | TokenProvider | None = None,
         max_concurrency: ConcurrencyLimit | None = None,
         retry: bool | int | PolicyLike = True,
         policies: Sequence[PolicyLike] | None = None,
@@ -114,7 +124,9 @@ class BedrockModel(Model):
             structured_output=structured_output,
         )
         super().__init__(
-            BedrockBackend(model_id, found.clients, dialect=dialect, secrets=found.secrets),
+            BedrockBackend(
+                model_id, found.clients, dialect=dialect, secrets=found.secrets, key_source=found.key_source
+            ),
             *remote_chain(max_concurrency=max_concurrency, retry=retry, policies=policies),
             defaults=defaults,
             model_id=model_id,
@@ -167,11 +179,20 @@ class BedrockBackend(Backend):
         extra=True,
     )
 
-    def __init__(self, model_id: str, clients: Clients, *, dialect: Dialect, secrets: Secrets) -> None:
+    def __init__(
+        self,
+        model_id: str,
+        clients: Clients,
+        *,
+        dialect: Dialect,
+        secrets: Secrets,
+        key_source: KeySource | None = None,
+    ) -> None:
         self.model_id = model_id
         self._clients = clients
         self._dialect = dialect
         self._secrets = secrets
+        self._key_source = key_source
         self._asked = False
 
     async def generate(self, request: Request, /) -> Response:
@@ -290,6 +311,9 @@ class BedrockBackend(Backend):
         ours = error_from(error)
         if self._clients.closed and isinstance(ours, TransportError):
             ours = ClosedError("This model was closed while the request was under way.")
+        if self._key_source is not None and isinstance(ours, AuthenticationError) and ours is not error:
+            # A key that was good may have ended; one that was given just now would be refused again.
+            ours.retryable = self._key_source.refused()
         cause = error if ours is not error else error.__cause__
         text = f"{cause}{ours.message}{ours.code}"
         mask = self._secrets.mask

@@ -29,11 +29,11 @@ from aiobotocore.session import AioSession
 from botocore.exceptions import BotoCoreError
 from botocore.httpsession import create_urllib3_context, get_cert_path
 from botocore.loaders import Loader, create_loader
-from botocore.tokens import FrozenAuthToken
 
 from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.remote.aiohttp_protocol import guarded
 from asyncmodels.remote.bedrock_errors import error_from
+from asyncmodels.remote.bedrock_key import GivenKey, KeySource, NoCredentials
 from asyncmodels.remote.bedrock_secrets import mask_logs
 from asyncmodels.remote.faces import Faces
 from asyncmodels.remote.in_flight import WaitingCalls
@@ -54,8 +54,8 @@ class Settings:
     config_options: Mapping[str, Any] = field(repr=False)
     """What ``config`` was made from, for comparing it with another."""
     profile: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    """A Bedrock API key: sent as a bearer token, and no credentials are looked for."""
+    api_key: str | KeySource | None = field(default=None, repr=False)
+    """A Bedrock API key: sent as a bearer token, and no credentials are looked for. A source belongs to one model."""
 
     def key(self) -> tuple[object, ...]:
         return (_frozen(self.options), _frozen(self.config_options), self.profile, self.api_key, _environment())
@@ -161,29 +161,13 @@ def service_members(client: AioBaseClient) -> tuple[frozenset[str], frozenset[st
     return frozenset(members), frozenset(blocks.members), "strict" in specification.members
 
 
-class _Key:
-    """Where botocore asks for a bearer token."""
-
-    def __init__(self, token: str) -> None:
-        self._token = token
-
-    def load_token(self, **_: object) -> FrozenAuthToken:
-        return FrozenAuthToken(self._token)
-
-
-class _NoCredentials:
-    """Where botocore asks for credentials that nobody needs: it would ask the network for them."""
-
-    async def load_credentials(self) -> None:
-        return None
-
-
 def _new_session(settings: Settings) -> AioSession:
     session = AioSession(profile=settings.profile)
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     if settings.api_key is not None:
-        session.register_component("token_provider", _Key(settings.api_key))
-        session.register_component("credential_provider", _NoCredentials())
+        key = settings.api_key
+        session.register_component("token_provider", GivenKey(key) if isinstance(key, str) else key)
+        session.register_component("credential_provider", NoCredentials())
     return session
 
 

@@ -16,7 +16,9 @@ from botocore.config import Config
 
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.remote.bedrock_client import SERVICE, Clients, Session, Settings
+from asyncmodels.remote.bedrock_key import KeySource
 from asyncmodels.remote.bedrock_secrets import Secrets, mask_logs
+from asyncmodels.remote.tokens import TokenProvider
 
 __all__ = ["Configured", "configured", "own_client"]
 
@@ -38,6 +40,7 @@ class Configured:
     secrets: Secrets = field(default_factory=Secrets)
     max_concurrency: int | None = None
     retry: bool | int | None = None
+    key_source: KeySource | None = None
 
 
 def own_client(client: Any, client_kwargs: object, api_key: object) -> Configured:
@@ -85,7 +88,9 @@ def check_limits(own: Configured, max_concurrency: object, retry: object) -> Non
         )
 
 
-def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max_concurrency: object) -> Configured:
+def configured(
+    client_kwargs: Mapping[str, Any] | None, api_key: str | TokenProvider | None, max_concurrency: object
+) -> Configured:
     """Raises ConfigurationError for values that would fail later, and elsewhere."""
     if not isinstance(client_kwargs, Mapping | None):
         raise ConfigurationError(f"client_kwargs must be a dict, not {type(client_kwargs).__name__}.")
@@ -115,19 +120,22 @@ def configured(client_kwargs: Mapping[str, Any] | None, api_key: str | None, max
         number = limit if max_concurrency is None else max_concurrency
         last["max_pool_connections"] = max(limit, number) if isinstance(number, int) else _NO_LIMIT
     config = _merged(ours, theirs, last)
+    texts = (options.get("aws_secret_access_key"), options.get("aws_session_token"), key)
+    secrets = Secrets(text for text in texts if isinstance(text, str))
+    source = KeySource(key, secrets) if callable(key) else None
     settings = Settings(
         options=options,
         config=config,
         config_options={**ours, **_said(theirs), **last, "connector": config.connector_args},
         profile=profile,
-        api_key=key,
+        api_key=key if source is None else source,
     )
-    secrets = [options.get("aws_secret_access_key"), options.get("aws_session_token"), key]
     return Configured(
         Clients(settings),
-        Secrets(secrets),
+        secrets,
         max_concurrency=limit,
         retry=_retry(retries),
+        key_source=source,
     )
 
 
@@ -149,10 +157,14 @@ def _check(options: Mapping[str, Any], profile: object) -> None:
         raise ConfigurationError("client_kwargs' config must be a botocore Config or an AioConfig.")
 
 
-def _api_key(given: str | None, explicit: bool) -> str | None:
+def _api_key(given: str | TokenProvider | None, explicit: bool) -> str | TokenProvider | None:
     if given is not None:
-        if not isinstance(given, str) or not given or not given.isascii() or not given.isprintable():
-            raise ConfigurationError("api_key must be a Bedrock API key: a string that a header can carry.")
+        if callable(given):
+            pass  # what it gives is checked when it gives it
+        elif not isinstance(given, str) or not given or not given.isascii() or not given.isprintable():
+            raise ConfigurationError(
+                "api_key must be a Bedrock API key, a string that a header can carry, or a function that gives one."
+            )
         if explicit:
             raise ConfigurationError("api_key and AWS credentials are both given: give one of them.")
         return given

@@ -14,6 +14,7 @@ from weakref import WeakSet
 __all__ = ["Secrets", "mask_logs"]
 
 _MASK = "***"
+_KEPT = 8
 _HEADER = re.compile(
     r"""((?:authorization['"]?\s*[:,]\s*b?['"]?bearer\s+)|(?:x-amz-security-token['"]?\s*[:,]\s*b?['"]?))[^\s'",)}]+""",
     re.I,
@@ -30,6 +31,13 @@ class Secrets:
         self._texts = tuple(text for text in texts if text)
         if self._texts:
             with _LOCK:
+                _ALIVE.add(self)
+
+    def add(self, text: str) -> None:
+        """One more; the oldest of many is forgotten, as keys that are asked for end."""
+        with _LOCK:
+            if text not in self._texts:
+                self._texts = (*self._texts, text)[-_KEPT:]
                 _ALIVE.add(self)
 
     def mask(self, text: str) -> str:

@@ -152,6 +152,9 @@ def _require_end(source: Any, wire: Wire) -> bool:
     """
     if not getattr(source, "sent_last_chunk", False):
         return False
+    if wire.broken:
+        # After a finish reason some releases of litellm say nothing of it; whether they see it first is chance.
+        raise TruncatedResponseError("The answer broke off.")
     reasons = (getattr(source, "received_finish_reason", None), getattr(source, "intermittent_finish_reason", None))
     if any(reasons) or wire.ended:
         return True

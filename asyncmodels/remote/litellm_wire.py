@@ -26,10 +26,11 @@ _BROKEN = (aiohttp.ClientPayloadError, TransferEncodingError)
 class Wire:
     """What is known of the body of one call's latest answer."""
 
-    __slots__ = ("tail",)
+    __slots__ = ("broken", "tail")
 
     def __init__(self) -> None:
         self.tail = b""
+        self.broken = False
 
     @property
     def ended(self) -> bool:
@@ -98,6 +99,8 @@ class _Chunks:
         try:
             chunk = await self._content.read(self._size)
         except _BROKEN as error:
+            if self._wire is not None:
+                self._wire.broken = True
             raise BrokenOffError(str(error)) from error
         if self._first:
             self._first = False

@@ -27,11 +27,13 @@ from aiobotocore.session import AioSession
 from botocore.config import Config
 
 from asyncmodels import (
+    AuthenticationError,
     BedrockModel,
     ClosedError,
     ConfigurationError,
     EventLoopError,
     InvalidRequestError,
+    MissingKeyError,
     OverloadedError,
     PermissionDeniedError,
 )
@@ -42,6 +44,7 @@ from asyncmodels.remote.bedrock_secrets import Secrets, mask_logs
 from tests.server.handle import Place, Server
 from tests.server.script import Answer
 
+EXPIRED = [("x-amzn-errortype", "ExpiredTokenException")]
 WHERE = {"region_name": "us-east-1"}
 FOUR_TIMES = partial(Retry, attempts=4, wait_initial=0.001, wait_max=0.002)
 KEYS = {"aws_access_key_id": "AKIAEXAMPLE", "aws_secret_access_key": "very-secret"}
@@ -153,6 +156,51 @@ async def test_which_key_wins(server: Server, monkeypatch: pytest.MonkeyPatch) -
     assert (first, second) == ("Bearer from-environment", "Bearer k")
     assert "AKIAEXAMPLE" in (third or "")
     assert "AKIAENVIRONMENT" in (fourth or "")
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_function_gives_the_key(server: Server, monkeypatch: pytest.MonkeyPatch, is_async: bool) -> None:
+    """It beats the environment, what it gave is remembered, and asked for anew when Bedrock refuses it."""
+    monkeypatch.setenv("AWS_BEARER_TOKEN_BEDROCK", "from-environment")
+    refused = Answer(status=403, headers=EXPIRED, body='{"message": "The security token has expired"}')
+    place = server.script(Answer(content="hi"), Answer(content="hi"), refused, Answer(content="hi"))
+    given: list[str] = []
+
+    def give() -> str:
+        given.append(f"key-{len(given)}-0123456789")
+        return given[-1]
+
+    async def give_later() -> str:
+        return give()
+
+    model = BedrockModel(
+        "m", client_kwargs={"endpoint_url": place.url, **WHERE}, api_key=give_later if is_async else give
+    )
+    async with model:
+        assert [str(await model.generate("x")) for _ in range(3)] == ["hi", "hi", "hi"]
+        assert not any(key in f"{model.backend!r} {vars(model.backend)!r}" for key in given)
+    first, second = (f"Bearer {key}" for key in given)
+    assert authorization(place) == [first, first, first, second]
+
+
+async def test_a_function_that_gives_no_key(server: Server) -> None:
+    """A key that was given just now and is refused is not asked for again; one that fails is an AuthenticationError."""
+    refused = Answer(status=403, headers=EXPIRED, body='{"message": "No, new-key-0123456789 is not good"}')
+    place = server.script(refused)
+    where = {"endpoint_url": place.url, **WHERE}
+    async with BedrockModel("m", client_kwargs=where, api_key=lambda: "new-key-0123456789") as model:
+        with pytest.raises(AuthenticationError) as caught:
+            await model.generate("x")
+        assert "new-key" not in f"{caught.value!r} {caught.value.__cause__!r}"
+    assert len(place.seen().requests) == 1
+
+    def fail() -> str:
+        raise ValueError("no key today")
+
+    for give, kind in ((fail, AuthenticationError), (str, MissingKeyError)):
+        async with BedrockModel("m", client_kwargs=where, api_key=give) as model:
+            with pytest.raises(kind):
+                await model.generate("x")
 
 
 async def test_a_profile(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
