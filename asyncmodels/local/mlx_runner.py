@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import secrets
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -42,6 +43,9 @@ _NOBODY_WAITS = 4
 _TOGETHER = 4
 """So many prompts are prefilled together, however long: a short one does not wait for the end of a long one."""
 _UNLIMITED = 2**30
+_MOMENT, _MOMENTS = 0.001, 8
+"""Seconds to wait for more requests when one comes to an idle model, and how often at most. Those that are sent at once
+come one by one, as they are tokenised; worked off together they are all there sooner than behind the first."""
 _WORTH_SHARING = 64
 """A prompt of which so many tokens were new is kept as soon as it was worked off, for those that come meanwhile."""
 
@@ -77,6 +81,8 @@ class MLXRunner(Runner):
         self._rows: dict[Sequence, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
         self._prefilled = 0
+        self._gathered = 0
+        self._moments = 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -167,6 +173,8 @@ class MLXRunner(Runner):
             mx.clear_cache()
 
     def step(self) -> list[Output]:
+        if self._gathers():
+            return []
         outputs: list[Output] = self._admit()
         progress, tokens = self._generator.next()
         self._note(progress)
@@ -199,6 +207,16 @@ class MLXRunner(Runner):
             outputs[index] = Sampled(output.sequence, output.token, *Report.read(arrays))
 
     # -- into the generator -------------------------------------------------------------------------------------------
+
+    def _gathers(self) -> bool:
+        """Waits for a moment while nobody is in the generator and more requests keep coming; then it is time to go."""
+        if self._rows or len(self._pending) == self._gathered or self._moments == _MOMENTS:
+            self._gathered = self._moments = 0
+            return False
+        self._gathered = len(self._pending)
+        self._moments += 1
+        time.sleep(_MOMENT)
+        return True
 
     def _admit(self) -> list[Output]:
         """Hands the generator as many prompts as may be worked off together."""

@@ -95,7 +95,8 @@ def test_removed_in_every_phase(drive: Drive) -> None:
         driver.runner.remove(victims)
     queued = [driver.sequence("z" * 50, 100) for _ in range(12)]
     driver.insert(*queued)
-    driver.step()
+    while not driver.runner._rows:
+        driver.step()
     assert driver.runner._pending
     driver.runner.remove(queued)
     driver.assert_empty()
@@ -118,6 +119,28 @@ def test_survivors_do_not_notice(drive: Drive) -> None:
     for sequence in staying:
         assert sequence.output == greedy(driver, sequence.prompt, 12)
     driver.assert_empty()
+
+
+def test_a_burst_is_worked_off_together(drive: Drive, kind: str) -> None:
+    """Requests that come one by one to an idle model begin together; it waits neither for ever nor when busy."""
+    driver = drive()
+    burst = [driver.sequence("hello", 20) for _ in range(3)]
+    for sequence in burst:
+        driver.insert(sequence)
+        assert driver.step() == []
+        assert not driver.runner._rows
+    driver.step()
+    assert len(driver.runner._rows) == 3
+    driver.insert(driver.sequence("hello", 20))
+    driver.step()
+    assert len(driver.runner._rows) == 4
+    driver.run()
+    steps = 0
+    while not driver.runner._rows:
+        driver.insert(driver.sequence("hello", 1))
+        driver.step()
+        steps += 1
+    assert 1 < steps < 12
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------
