@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from asyncmodels.batch.item import Item
+from asyncmodels.histogram import Histogram
 from asyncmodels.types import Usage
 
 __all__ = ["RunStatistics", "Tally"]
@@ -106,25 +106,3 @@ class Tally:
         tokens = (usage.input_tokens, usage.output_tokens, usage.cached_tokens or 0, usage.reasoning_tokens or 0)
         for place, count in enumerate(tokens):
             self._usage[place] += count
-
-
-class Histogram:
-    """Counts durations in buckets that grow by 8 % each, from a microsecond on: any number of them in little memory."""
-
-    _GROWTH = math.log(1.08)
-
-    def __init__(self) -> None:
-        self._buckets: Counter[int] = Counter()
-
-    def add(self, seconds: float) -> None:
-        self._buckets[int(math.log(max(seconds, 1e-6) / 1e-6) / self._GROWTH)] += 1
-
-    def quantile(self, share: float) -> float | None:
-        """The middle of the bucket below which ``share`` of all durations lie; None when there are none."""
-        wanted = share * self._buckets.total()
-        counted = 0
-        for bucket in sorted(self._buckets):
-            counted += self._buckets[bucket]
-            if counted >= wanted:
-                return 1e-6 * math.exp((bucket + 0.5) * self._GROWTH)
-        return None
