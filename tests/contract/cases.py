@@ -11,6 +11,8 @@ To join, add a ``Case`` to CASES:
   ``Request.extra`` or a model id instead. It must leave every other field unset, and greedy sampling to the case.
 - ``can`` are the behaviours that the case can be made to show. A real engine can only answer: without ``HANG`` and
   ``STALL`` the tests of cancellation cancel a call that is busy answering, without ``FAIL`` they are skipped.
+- ``holds`` says that its answers really obey grammars, response formats and demanded tool calls, as far as its
+  capabilities have them; a server that answers by a script says what the script says.
 - ``marks`` are pytest's, such as ``pytest.mark.model`` for a case that loads weights.
 
 What the tests demand of ``ANSWER``: some words that depend on nothing but the request, so that asking again, or
@@ -85,6 +87,7 @@ Open: TypeAlias = Callable[[GetFixture], AbstractAsyncContextManager[Backend]]
 class _Settings:
     ask: Callable[[Behaviour, str], Request] = ask_in_words
     can: Collection[Behaviour] = frozenset(Behaviour)
+    holds: bool = False
     marks: Collection[pytest.MarkDecorator] = ()
 
 
@@ -282,7 +285,7 @@ CASES = [
     Case("bedrock", bedrock_at, ask=ask_bedrock_by_script),
     Case("litellm", litellm_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
-    Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
+    Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
     Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
     Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=VLLM),
 ]

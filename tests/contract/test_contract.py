@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, suppress
 from copy import deepcopy
@@ -12,8 +13,21 @@ from typing import Any
 import pytest
 
 from asyncmodels.backend import Backend, Statistical, links
-from asyncmodels.errors import AsyncModelsError, ClosedError, UnsupportedError
-from asyncmodels.types import Delta, Regex, Request, Response, ResponseBuilder, ResponseFormat, Tool, Usage
+from asyncmodels.errors import AsyncModelsError, ClosedError, InvalidRequestError, UnsupportedError
+from asyncmodels.types import (
+    EBNF,
+    Choice,
+    Delta,
+    Grammar,
+    JSONSchema,
+    Regex,
+    Request,
+    Response,
+    ResponseBuilder,
+    ResponseFormat,
+    Tool,
+    Usage,
+)
 from tests.contract.cases import CASES, Behaviour, Case, GetFixture
 
 BUSY = {"running", "waiting", "queued", "in_flight", "active"}
@@ -197,6 +211,85 @@ async def test_a_request_is_not_touched(contender: Contender, streaming: bool) -
     await contender.answer(request, streaming=streaming)
 
     assert request == before
+
+
+# -- answers that are held to something -------------------------------------------------------------------------------
+
+SHAPE = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog"]}, "age": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["kind", "age"],
+    "additionalProperties": False,
+}
+GRAMMARS: dict[str, tuple[Grammar, str]] = {
+    "regex": (Regex("[0-9]{3}-[a-f]{2}"), "[0-9]{3}-[a-f]{2}"),
+    "ebnf": (EBNF('root ::= "x" tail\ntail ::= "yz" | "z"'), "xy?z"),
+    "choice": (Choice(("yes", "no")), "yes|no"),
+    "schema": (JSONSchema(SHAPE), r'\{\s*"kind"\s*:\s*"(cat|dog)"\s*,\s*"age"\s*:\s*[1-9]\s*\}'),
+}
+
+
+@both_ways
+@pytest.mark.parametrize("kind", GRAMMARS)
+async def test_an_answer_obeys_its_grammar(contender: Contender, kind: str, streaming: bool) -> None:
+    """An answer with a grammar is a sentence of it, also beside others that have another, or none, and ends with it."""
+    grammar, pattern = GRAMMARS[kind]
+    if not contender.case.holds or type(grammar) not in contender.backend.capabilities.grammars:
+        pytest.skip("This case does not hold its answers to such a grammar.")
+    free = await contender.backend.generate(contender.ask(text="free"))
+    requests = [contender.ask(text=f"number {n}", grammar=grammar, max_tokens=100) for n in range(4)]
+
+    *held, other = await asyncio.gather(
+        *(contender.answer(request, streaming=streaming) for request in [*requests, contender.ask(text="free")])
+    )
+
+    for response in held:
+        assert re.fullmatch(pattern, response.content or "")
+        assert response.finish_reason == "stop"
+    assert other.content == free.content
+
+
+@both_ways
+async def test_an_answer_obeys_its_format(contender: Contender, streaming: bool) -> None:
+    """An answer with a response format is JSON that satisfies it."""
+    if not (contender.case.holds and contender.backend.capabilities.response_format):
+        pytest.skip("This case does not hold its answers to a format.")
+
+    response = await contender.answer(
+        contender.ask(response_format=ResponseFormat(schema=SHAPE), max_tokens=100), streaming=streaming
+    )
+
+    assert re.fullmatch(GRAMMARS["schema"][1], response.content or "")
+    assert response.finish_reason == "stop"
+
+
+@both_ways
+@pytest.mark.parametrize("choice", ["required", "look"])
+async def test_a_demanded_call_is_made(contender: Contender, choice: str, streaming: bool) -> None:
+    """A demanded call comes, whatever the model, of the right tool, with arguments by its schema, and nothing else."""
+    if not (contender.case.holds and contender.backend.capabilities.tools):
+        pytest.skip("This case does not hold its answers to tools.")
+    tools = (Tool("look", "Looks.", SHAPE), *((Tool("wait"),) if choice == "look" else ()))
+
+    response = await contender.answer(
+        contender.ask(tools=tools, tool_choice=choice, max_tokens=200), streaming=streaming
+    )
+
+    (call,) = response.tool_calls
+    assert (call.name, bool(call.id), response.finish_reason, response.content) == ("look", True, "tool_calls", None)
+    assert re.fullmatch(GRAMMARS["schema"][1], call.arguments)
+
+
+@both_ways
+async def test_a_wrong_grammar_is_the_requests_fault(contender: Contender, streaming: bool) -> None:
+    """A grammar that cannot be followed is an InvalidRequestError that leaves nothing behind."""
+    if not contender.case.holds or Regex not in contender.backend.capabilities.grammars:
+        pytest.skip("This case does not hold its answers to such a grammar.")
+
+    with pytest.raises(InvalidRequestError):
+        await contender.answer(contender.ask(grammar=Regex("(?=a)[")), streaming=streaming)
+
+    await contender.must_be_at_rest_and_work()
 
 
 # -- refusals and failures --------------------------------------------------------------------------------------------

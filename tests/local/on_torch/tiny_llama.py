@@ -20,13 +20,18 @@ def build_tiny_model(folder: Path, **changes: int) -> Path:
     """
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, **changes}
+    sizes = {
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        **changes,
+    }
     config = LlamaConfig(
         **sizes,
         vocab_size=len(tokenizer),
         intermediate_size=64,
         num_hidden_layers=2,
-        max_position_embeddings=CONTEXT,
         initializer_range=0.5,
         bos_token_id=0,
         eos_token_id=1,
@@ -39,7 +44,7 @@ def build_tiny_model(folder: Path, **changes: int) -> Path:
 
 @cache
 def tiny_model_folder() -> Path:
-    """One such folder for the whole run, where a fixture cannot be asked for."""
+    """One such folder for the whole run, where a fixture cannot be asked for; with room for tools, a token a letter."""
     folder = TemporaryDirectory(prefix="tiny-llama-")
     atexit.register(folder.cleanup)
-    return build_tiny_model(Path(folder.name))
+    return build_tiny_model(Path(folder.name), max_position_embeddings=1024)
