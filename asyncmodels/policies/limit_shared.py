@@ -41,7 +41,7 @@ OnStoreError: TypeAlias = Literal["raise", "local"]
 
 _AT_ONCE = 64
 _MOST_BACKS = 1000
-_HURRY, _SLACK = 0.95, 0.01
+_HURRY, _SLACK = 0.97, 0.01
 """How much closer than they were to be those may follow each other who are late by more than so many seconds."""
 _AHEAD = 0.1
 """Seconds. So far ahead calls are told when they may go: a busy store, or process, then costs nobody's time."""
@@ -181,6 +181,10 @@ class _SharedLine(LimitLine):
 
     async def work(self) -> None:
         while self.has_work():
+            if self._late() > _AHEAD:
+                # Others make better use of what this process has no time for.
+                await self.clock.sleep(_AHEAD)
+                continue
             # Asking for many more than can go costs the store and us more than it brings.
             asking = self.next(self._at_once)
             try:
@@ -228,7 +232,7 @@ class _SharedLine(LimitLine):
                 self.refuse(waiter, too_late(delay, waiter.timeout or 0.0))
             else:
                 self.promise(waiter, grant)
-                heapq.heappush(self._due, (now + delay, grant.number, waiter))
+                heapq.heappush(self._due, (now + delay, waiter.place[1], waiter))
         self._serve_due()
         ahead = (0.0, 0.0, 0.0, 0.0)
         for waiter in asking[len(granted) :]:
@@ -245,6 +249,10 @@ class _SharedLine(LimitLine):
     def promised(self) -> int:
         """How many know when they may go, and wait for it."""
         return sum(not waiter.future.done() for _, _, waiter in self._due)
+
+    def _late(self) -> float:
+        """By how many seconds those who are due go late."""
+        return self._last[1] - self._last[0] if self._due and self._last is not None else 0.0
 
     def _serve_due(self) -> None:
         if self._due and self._release is None:
