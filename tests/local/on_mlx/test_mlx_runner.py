@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from asyncmodels.local.runner import Failed, Sampled
 from tests.local.on_mlx.conftest import Driver
+from tests.local.on_mlx.tiny_mlx import WINDOWED, build_tiny_model
 
 Drive = Callable[..., Driver]
 PROMPTS = ["hello there", "what is it? " * 6, "tell me", "x" * 60, "four", "the end of the world " * 4]
@@ -141,6 +143,21 @@ def test_a_burst_is_worked_off_together(drive: Drive, kind: str) -> None:
         driver.step()
         steps += 1
     assert 1 < steps < 12
+
+
+def test_windows(tmp_path: Path) -> None:
+    """Rows of a model that looks back only so far are right, too, while they and their neighbours pass that length."""
+    driver = Driver(build_tiny_model(tmp_path / "windowed", code=WINDOWED), prefill_step_size=16)
+    sequences = [driver.sequence(prompt, 30) for prompt in PROMPTS]
+    driver.run(*sequences)
+    for sequence in sequences:
+        assert sequence.output == greedy(driver, sequence.prompt, 30)
+    again = driver.sequence(PROMPTS[2], 8)
+    again.prompt = (*sequences[2].prompt, *sequences[2].output, *again.prompt)
+    driver.run(again)
+    assert again.cached == sequences[2].length
+    assert again.output == greedy(driver, again.prompt, 8)
+    driver.runner.close()
 
 
 # -- what can go wrong ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from mlx_lm.utils import save_model
 
 from tests.local.tiny import CONTEXT, build_tokenizer
 
-__all__ = ["UNBATCHABLE", "build_tiny_model", "tiny_mlx_folder"]
+__all__ = ["UNBATCHABLE", "WINDOWED", "build_tiny_model", "tiny_mlx_folder"]
 
 UNBATCHABLE = """
 from mlx_lm.models import llama
@@ -36,6 +36,20 @@ class Model(llama.Model):
         return [Cache({arguments}) for _ in self.layers]
 """
 """A Llama whose caches cannot be merged into one, as the module of a checkpoint."""
+
+
+WINDOWED = """
+from mlx_lm.models import llama
+from mlx_lm.models.cache import RotatingKVCache
+
+ModelArgs = llama.ModelArgs
+
+
+class Model(llama.Model):
+    def make_cache(self):
+        return [RotatingKVCache(max_size=32) for _ in self.layers]
+"""
+"""One that looks back no further than 32 tokens."""
 
 
 def build_tiny_model(folder: Path, *, code: str | None = None, **changes: Any) -> Path:
