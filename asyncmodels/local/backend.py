@@ -30,6 +30,7 @@ class EngineOptions(TypedDict, total=False):
     when_full: Literal["wait", "raise"]
     max_new_tokens: int | None
     max_restarts: int
+    isolate_agents: bool
     tool_name_key: str
     tool_arguments_key: str
 

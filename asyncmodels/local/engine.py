@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
-from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError
+from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError, InvalidRequestError
 from asyncmodels.local.gate import Gate, Ticket
 from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.notation import Keys
@@ -66,7 +66,9 @@ class Engine:
     ``factory`` makes the runner, on the owner thread. At most ``max_batch_size`` requests run at once; up to
     ``max_queued`` more (with at most about ``max_queued_tokens`` prompt tokens) are queued, and the rest waits outside
     (``when_full="wait"``) or gets a QueueFullError (``"raise"``). ``max_batch_tokens`` bounds the batch's KV memory.
-    ``max_new_tokens`` is for requests without ``max_tokens``; None lets them fill the context. After ``max_restarts``
+    ``max_new_tokens`` is for requests without ``max_tokens``; None lets them fill the context. With ``isolate_agents``
+    an agent finds nothing in the prefix cache but what it put there itself, so that nobody can tell by the time that an
+    answer takes what others have asked; ``extra["cache_salt"]`` divides it by any other word. After ``max_restarts``
     deaths in a row, without one finished request in between, the engine stays dead. ``tool_name_key`` and
     ``tool_arguments_key`` are the words of a call for models whose chat template has no tools.
     """
@@ -83,6 +85,7 @@ class Engine:
         when_full: Literal["wait", "raise"] = "wait",
         max_new_tokens: int | None = None,
         max_restarts: int = 3,
+        isolate_agents: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tool_name_key: str = "name",
         tool_arguments_key: str = "arguments",
@@ -94,11 +97,14 @@ class Engine:
         check_whole("max_queued_tokens", max_queued_tokens, optional=True)
         check_whole("max_new_tokens", max_new_tokens, optional=True)
         check_whole("max_restarts", max_restarts, least=0)
+        if not isinstance(isolate_agents, bool):
+            raise ConfigurationError(f"isolate_agents must be True or False, not {isolate_agents!r}.")
         if when_full not in ("wait", "raise"):
             raise ConfigurationError(f'when_full must be "wait" or "raise", not {when_full!r}.')
         self.model_id = model_id
         self.max_new_tokens = max_new_tokens
         self.when_full = when_full
+        self._isolate_agents = isolate_agents
         self._factory = factory
         self._clock = clock
         self._settings = WorkerSettings(
@@ -131,6 +137,7 @@ class Engine:
         arrived = self._clock.time()
         Sampling.of(request)
         template_kwargs(request)
+        self._cache_salt(request)
         stops = StopMatcher(request.stop_sequences)
         await self._ready()
         wait = self.when_full == "wait"
@@ -222,10 +229,17 @@ class Engine:
             sampling=Sampling.of(request, ready.info.sampling),
             constraint=prepared.constraint,
             ignore_eos=bool(request.extra.get("ignore_eos", False)),
+            cache_salt=self._cache_salt(request),
             agent=request.agent,
             priority=request.priority,
             queued_at=arrived,
         )
+
+    def _cache_salt(self, request: Request) -> str | None:
+        salt = request.extra.get("cache_salt")
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise InvalidRequestError(f"cache_salt must be a string that is not empty, not {salt!r}.")
+        return repr((request.agent, salt)) if self._isolate_agents else salt
 
     async def _ready(self) -> tuple[Worker, Ready]:
         worker = self._live_worker()

@@ -10,7 +10,9 @@ at; layers of another kind (linear attention, state spaces, chunks) are refused 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from asyncmodels.errors import UnsupportedError
 
-__all__ = ["BatchCache", "layer_windows"]
+__all__ = ["BatchCache", "Segment", "layer_windows", "reusable"]
 
 _ROOM = 256
 """By how many columns the memory grows."""
@@ -50,6 +52,41 @@ def layer_windows(config: Any) -> list[int | None]:
     return windows
 
 
+def reusable(config: Any) -> bool:
+    """Whether the keys of a text's beginning are the same however the text goes on."""
+    decoder = config.get_text_config(decoder=True)
+    told = (getattr(decoder, "rope_parameters", None), getattr(decoder, "rope_scaling", None))
+    return not any(kind in _LENGTH_DEPENDENT for each in told for kind in _rope_kinds(each))
+
+
+_LENGTH_DEPENDENT = frozenset({"dynamic", "longrope", "su"})
+"""Rotary embeddings whose frequencies change with the length of the text."""
+
+
+def _rope_kinds(told: Any) -> list[Any]:
+    """The kinds of rotary embeddings in a config, which may have one for each kind of layer."""
+    if not isinstance(told, Mapping):
+        return []
+    nested = [kind for each in told.values() for kind in _rope_kinds(each)]
+    return [told.get("rope_type"), told.get("type"), *nested]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """The keys and values of some tokens that follow each other: for each layer heads x tokens x size."""
+
+    states: list[tuple[torch.Tensor, torch.Tensor]]
+
+    def cut(self, at: int) -> tuple[Segment, Segment]:
+        head = [(keys[:, :at].clone(), values[:, :at].clone()) for keys, values in self.states]
+        tail = [(keys[:, at:].clone(), values[:, at:].clone()) for keys, values in self.states]
+        return Segment(head), Segment(tail)
+
+    def first(self, count: int) -> Segment:
+        """The first ``count`` tokens, in the same memory."""
+        return Segment([(keys[:, :count], values[:, :count]) for keys, values in self.states])
+
+
 class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not type-checked here
     """One layer's keys and values: rows x heads x columns x size, of which ``begin`` to ``end`` are in use.
 
@@ -67,6 +104,8 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         self.width = 0
         self.begin = 0
         self.end = 0
+        self.latest = 0
+        """How many columns came last and are all still there, though a window may not reach them any more."""
 
     # -- what the model calls -----------------------------------------------------------------------------------------
 
@@ -91,6 +130,7 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         values = self.values[: self.rows, :, self.begin : end]
         self.end = end
         self.width += count
+        self.latest = count
         if self.window is not None:
             self.begin = max(self.begin, end - (self.window - 1))
         return keys, values
@@ -125,12 +165,26 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         new[: self.rows, :, left : left + self.end - self.begin] = old[: self.rows, :, self.begin : self.end]
         return new
 
+    def start(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> None:
+        """Begins with columns that are known: ``places`` [rows, columns] picks them from those of ``keys``."""
+        rows, width = places.shape
+        held = width if self.window is None else min(width, self.window - 1)
+        empty = (states.new_empty((rows, states.shape[0], 0, states.shape[2])) for states in (keys, values))
+        self.lazy_initialization(*empty)
+        self.reserve(rows, 0, held)
+        picked = places[:, width - held :].flatten()
+        for mine, theirs in ((self.keys, keys), (self.values, values)):
+            columns = theirs.index_select(1, picked).reshape(-1, rows, held, theirs.shape[2])
+            mine[:rows, :, :held] = columns.transpose(0, 1)
+        self.width, self.end = width, held
+
     def join(self, other: BatchLayer) -> None:
         """Takes in the rows of ``other`` behind its own."""
         width = max(self.width, other.width)
         held = width if self.window is None else min(width, self.window - 1)
         missing = held - (self.end - self.begin)
         rows = self.rows + other.rows
+        self.latest = 0
         self.reserve(rows, missing, 0)
         begin = self.begin - missing
         source = slice(other.begin, other.end)
@@ -143,6 +197,7 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
 
     def move(self, sources: torch.Tensor, targets: torch.Tensor, rows: int) -> None:
         """Copies whole rows onto others, and keeps the first ``rows``."""
+        self.latest = 0
         if len(sources):
             used = slice(self.begin, self.end)
             self.keys[targets, :, used] = self.keys[sources, :, used]
@@ -161,11 +216,42 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not type-check
     def __init__(self, windows: Rows[int | None]) -> None:
         super().__init__(layers=[BatchLayer(window) for window in windows])
 
+    @classmethod
+    def start(cls, windows: Rows[int | None], segments: Rows[Segment], places: torch.Tensor) -> BatchCache:
+        """A cache whose rows begin with what is known.
+
+        ``places`` [rows, columns] says which of the segments' tokens each column is, counted through all segments from
+        1 on; 0 is padding.
+        """
+        cache = cls(windows)
+        for number, layer in enumerate(cache.layers):
+            known = [segment.states[number] for segment in segments]
+            pad_key, pad_value = (states[:, :1].new_zeros((states.shape[0], 1, states.shape[2])) for states in known[0])
+            keys = torch.cat([pad_key, *(keys for keys, _ in known)], dim=1)
+            values = torch.cat([pad_value, *(values for _, values in known)], dim=1)
+            # Layers can be on several devices.
+            layer.start(keys, values, places.to(keys.device))
+        return cache
+
     @property
     def width(self) -> int:
         """How many columns the rows have, padding included."""
         width: int = self.layers[0].width
         return width
+
+    @property
+    def reach(self) -> int:
+        """How many of the last columns every layer still has."""
+        layers: list[BatchLayer] = self.layers
+        return min(max(layer.end - layer.begin, layer.latest) for layer in layers)
+
+    def segment(self, row: int, back: int, count: int) -> Segment:
+        """A copy of ``count`` columns of a row, the first of them ``back`` before the row's end, within ``reach``."""
+        states = []
+        for layer in self.layers:
+            columns = slice(layer.end - back, layer.end - back + count)
+            states.append((layer.keys[row, :, columns].clone(), layer.values[row, :, columns].clone()))
+        return Segment(states)
 
     def join(self, other: BatchCache) -> None:
         """Takes in the rows of ``other`` behind its own; ``other`` is not to be used any more."""

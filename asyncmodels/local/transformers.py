@@ -41,7 +41,7 @@ class TransformersBackend(EngineBackend):
         logprobs=True,
         response_format=True,
         grammars=ALL_GRAMMARS,
-        extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
+        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
     )
 
     def __init__(
@@ -54,6 +54,7 @@ class TransformersBackend(EngineBackend):
         model_kwargs: Mapping[str, Any] | None = None,
         apply_chat_template_kwargs: Mapping[str, Any] | None = None,
         prefill_tokens: int | None = None,
+        prefix_cache_bytes: int | None = None,
         share_weights: bool = False,
         locate: Callable[[str], str] = str,
         **options: Unpack[EngineOptions],
@@ -61,6 +62,7 @@ class TransformersBackend(EngineBackend):
         check_model(model_id)
         require("transformers", "torch", "transformers")
         check_whole("prefill_tokens", prefill_tokens, optional=True)
+        check_whole("prefix_cache_bytes", prefix_cache_bytes, least=0, optional=True)
         check_flags(share_weights=share_weights, trust_remote_code=trust_remote_code)
         check_keywords("model_kwargs", model_kwargs)
         factory = _factory(
@@ -71,7 +73,11 @@ class TransformersBackend(EngineBackend):
                 "trust_remote_code": trust_remote_code,
                 "model_kwargs": dict(model_kwargs or {}),
             },
-            {"share_weights": share_weights, "prefill_tokens": prefill_tokens},
+            {
+                "share_weights": share_weights,
+                "prefill_tokens": prefill_tokens,
+                "prefix_cache_bytes": prefix_cache_bytes,
+            },
             locate,
         )
         super().__init__(factory, model_id=model_id, apply_chat_template_kwargs=apply_chat_template_kwargs, **options)
@@ -110,11 +116,20 @@ class TransformersModel(LocalModel):
     those who decode. With ``share_weights`` all models of this process that are loaded the same way, and say so too,
     use the same weights. After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
 
+    A prompt that begins like one that was here before, or like a whole conversation with its answer, is worked off from
+    where it goes its own way; ``usage.cached_tokens`` says how many tokens that saved. Up to ``prefix_cache_bytes`` are
+    kept for that on the device, the least recently used go first: None takes a tenth of the memory that is free after
+    loading, 0 turns it off, and more than half of the free memory is never taken; the batch's KV memory comes out of
+    the rest. Of prompts that begin alike and come together one is worked off first. Models whose rotary embeddings
+    depend on the length of the text ("dynamic", "longrope") go without. With ``isolate_agents`` an agent finds only
+    what it said itself; requests without an agent count as one. ``extra["cache_salt"]`` divides the cache by any word.
+
     A ``max_tokens`` that does not fit into the context is clipped to what does, which shows as finish_reason
-    ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``ignore_eos`` and
-    ``chat_template_kwargs``; the extras of messages and their parts, hints to providers such as ``cache_control``, mean
-    nothing to a local model and are left aside. ``usage`` counts every generated token, an end-of-text token and those
-    that a stop sequence cuts off included; ``logprobs`` has an entry for each but those whose text was all cut off.
+    ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``cache_salt``,
+    ``ignore_eos`` and ``chat_template_kwargs``; the extras of messages and their parts, hints to providers such as
+    ``cache_control``, mean nothing to a local model and are left aside. ``usage`` counts every generated token, an
+    end-of-text token and those that a stop sequence cuts off included; ``logprobs`` has an entry for each but those
+    whose text was all cut off.
 
     ``grammar`` and ``response_format`` hold the answer to a grammar of llguidance, token by token; it ends when nothing
     can follow. A grammar that is wrong, cannot be had or is too large is refused before it is queued. ``logprobs`` are
@@ -142,8 +157,10 @@ class TransformersModel(LocalModel):
         max_queued_tokens: int | None = None,
         when_full: Literal["wait", "raise"] = "wait",
         prefill_tokens: int | None = None,
+        prefix_cache_bytes: int | None = None,
         share_weights: bool = False,
         max_restarts: int = 3,
+        isolate_agents: bool = False,
         tool_name_key: str = "name",
         tool_arguments_key: str = "arguments",
         policies: tuple[Callable[[Backend], Backend], ...] = (),
@@ -163,8 +180,10 @@ class TransformersModel(LocalModel):
             max_queued_tokens=max_queued_tokens,
             when_full=when_full,
             prefill_tokens=prefill_tokens,
+            prefix_cache_bytes=prefix_cache_bytes,
             share_weights=share_weights,
             max_restarts=max_restarts,
+            isolate_agents=isolate_agents,
             tool_name_key=tool_name_key,
             tool_arguments_key=tool_arguments_key,
             locate=self._locate,

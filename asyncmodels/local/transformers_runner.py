@@ -2,14 +2,17 @@
 
 A step is one decode for the rows of the batch and a bounded piece of prefill for those who join. Short prompts are
 prefilled together, left-padded; a long one alone, a chunk at a time, so that it cannot stall those who decode.
+
+What was worked off is remembered (see ``prefixes``), so that a prompt begins where another one went a different way; of
+prompts that come together and begin alike, one goes first.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,9 +20,11 @@ from asyncmodels.errors import UnsupportedError
 from asyncmodels.local.batch_grammars import BatchGrammars, Masks
 from asyncmodels.local.detokenizer import make_detokenizer
 from asyncmodels.local.grammar import GrammarCompiler
-from asyncmodels.local.kv import BatchCache, layer_windows
+from asyncmodels.local.kv import BatchCache, Segment, layer_windows, reusable
 from asyncmodels.local.memory import free_host_memory
-from asyncmodels.local.prefill import plan_prefill
+from asyncmodels.local.prefill import begin_alike, plan_prefill
+from asyncmodels.local.prefix_cache import Found
+from asyncmodels.local.prefixes import Prefixes
 from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo
 from asyncmodels.local.sampling import Sampler
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
@@ -30,8 +35,12 @@ __all__ = ["TransformersRunner"]
 _PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
 _NOBODY_WAITS = 4
 """How many times as much a step prefills while nobody decodes, who would have to wait for it."""
+_PREFIX_SHARE = 0.1
+"""How much of the free memory the prefix cache takes where nobody says; it never takes more than half of it."""
 _MEMORY_SHARE = 0.6
-"""How much of the free memory the KV memory may take; growing needs room for a copy of a layer on top."""
+"""How much of what is left the KV memory may take; growing needs room for a copy of a layer on top."""
+_WORTH_WAITING = 64
+"""How many tokens a prompt must save for it to wait until another one that begins the same way is that far."""
 
 
 @dataclass(slots=True, eq=False)
@@ -47,21 +56,40 @@ class _Prefill:
         return len(self.sequence.prompt) - self.done
 
 
-class TransformersRunner(Runner):
-    """Runs one Transformers model. ``prefill_tokens`` bounds the prefill of one step; None chooses by the device."""
+_Ready: TypeAlias = tuple[_Prefill, Found[Segment]]
+_NOTHING: Found[Segment] = Found()
 
-    def __init__(self, spec: WeightsSpec, *, share_weights: bool = False, prefill_tokens: int | None = None) -> None:
+
+class TransformersRunner(Runner):
+    """Runs one Transformers model.
+
+    ``prefill_tokens`` bounds the prefill of one step; None chooses by the device. ``prefix_cache_bytes`` bounds what is
+    kept for prompts that begin like earlier ones; None takes a tenth of the free memory, 0 keeps nothing.
+    """
+
+    def __init__(
+        self,
+        spec: WeightsSpec,
+        *,
+        share_weights: bool = False,
+        prefill_tokens: int | None = None,
+        prefix_cache_bytes: int | None = None,
+    ) -> None:
         self._spec = spec
         self._share = share_weights
         self._prefill_tokens = prefill_tokens
+        self._prefix_cache_bytes = prefix_cache_bytes
         self._weights: Weights | None = None
         self._windows: list[int | None] = []
         self._accepts: frozenset[str] = frozenset()
         self._device = torch.device("cpu")
         self._sampler = Sampler()
         self._grammars: BatchGrammars | None = None
+        self._prefixes: Prefixes | None = None
+        self._prefilled = 0
         self._pending: list[_Prefill] = []
         self._rows: list[Sequence] = []
+        self._broken: set[Sequence] = set()
         self._cache: BatchCache | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -74,8 +102,15 @@ class TransformersRunner(Runner):
         self._device = model.get_input_embeddings().weight.device
         if self._prefill_tokens is None:
             self._prefill_tokens = _PREFILL_TOKENS.get(self._device.type, 512)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # of this thread, for whatever a kernel takes to be the present device
         with torch.inference_mode(), weights.lock:
-            bytes_per_token, vocabulary = self._try_out()
+            token_bytes, vocabulary = self._try_out()
+        free = _free_memory(self._device)
+        wanted = free * _PREFIX_SHARE if self._prefix_cache_bytes is None else self._prefix_cache_bytes
+        capacity = int(min(wanted, free / 2) / token_bytes) if reusable(model.config) else 0
+        if capacity:
+            self._prefixes = Prefixes(self._windows, capacity=capacity, token_bytes=token_bytes)
         eos_token_ids = _eos_token_ids(model, tokenizer)
         compiler = GrammarCompiler(tokenizer, vocabulary, eos_token_ids)
         self._grammars = BatchGrammars(compiler.n_vocab)
@@ -85,7 +120,7 @@ class TransformersRunner(Runner):
             context_length=_context_length(model, tokenizer),
             eos_token_ids=eos_token_ids,
             sampling=_sampling_defaults(model.generation_config),
-            max_tokens=max(1, int(_free_memory(self._device) * _MEMORY_SHARE / bytes_per_token)),
+            max_tokens=max(1, int((free - capacity * token_bytes) * _MEMORY_SHARE / token_bytes)),
             padded=True,
             compile_grammar=compiler.compile,
             device=str(self._device),
@@ -95,8 +130,11 @@ class TransformersRunner(Runner):
     def reset(self) -> None:
         self._pending.clear()
         self._rows.clear()
+        self._broken.clear()
         self._cache = None
         self._sampler.clear()
+        if self._prefixes is not None:
+            self._prefixes.clear()
 
     def close(self) -> None:
         self.reset()
@@ -134,6 +172,7 @@ class TransformersRunner(Runner):
         for sequence in leaving:
             self._sampler.forget(sequence)
         self._pending = [item for item in self._pending if item.sequence not in leaving]
+        self._remember_answers(leaving)
         staying = [row for row, sequence in enumerate(self._rows) if sequence not in leaving]
         if len(staying) == len(self._rows):
             return
@@ -151,7 +190,12 @@ class TransformersRunner(Runner):
             outputs: list[Output] = [*self._decode()] if self._rows else []
             if self._pending:
                 outputs += self._prefill()
+        self._broken = {output.sequence for output in outputs if isinstance(output, Failed)}
         return outputs
+
+    def statistics(self) -> Mapping[str, float]:
+        cached = self._prefixes.statistics() if self._prefixes is not None else {}
+        return {"prefilled_tokens": self._prefilled, **cached}
 
     def _decode(self) -> list[Output]:
         assert self._cache is not None  # noqa: S101  # there are rows
@@ -177,55 +221,116 @@ class TransformersRunner(Runner):
     def _prefill(self) -> list[Output]:
         assert self._prefill_tokens is not None  # noqa: S101  # load() sets it
         budget = self._prefill_tokens * (1 if self._rows else _NOBODY_WAITS)
-        plan = plan_prefill([(item.done, item.rest) for item in self._pending], budget)
-        together = [self._pending[index] for index in plan.together]
-        alone = None if plan.alone is None else self._pending[plan.alone]
+        ready = self._ready(budget)
+        plan = plan_prefill([(item.done, item.rest - found.length) for item, found in ready], budget)
+        together = [ready[index] for index in plan.together]
+        alone = None if plan.alone is None else ready[plan.alone]
         outputs: list[Output] = []
         if together:
             outputs += self._prefill_together(together)
         if alone is not None:
-            outputs += self._prefill_chunk(alone, plan.chunk)
+            outputs += self._prefill_chunk(*alone, plan.chunk)
         over = {output.sequence for output in outputs}
         self._pending = [item for item in self._pending if item.sequence not in over]
         return outputs
 
-    def _prefill_together(self, items: list[_Prefill]) -> list[Output]:
-        """Whole prompts. When they fail together, each is tried alone, so that only the one at fault fails."""
-        rows = [item.sequence for item in items]
+    def _ready(self, budget: int) -> list[_Ready]:
+        """Whose prompts can be worked off now, and what is known of their beginnings.
+
+        Who begins like somebody before him waits until he can begin where that one is; but a short prompt does not
+        wait for a long one that has not begun.
+        """
+        if self._prefixes is None:
+            return [(item, _NOTHING) for item in self._pending]
+        ready: list[_Ready] = []
+        for item in self._pending:
+            found = _NOTHING if item.done else self._prefixes.find(item.sequence)
+            short = item.rest - found.length <= budget
+            goal = found.length + _WORTH_WAITING
+            if (
+                item.done
+                or goal > self._prefixes.capacity
+                or not any(
+                    (ahead.done < goal if ahead.done else ahead.rest - known.length <= budget or not short)
+                    and ahead.sequence.cache_salt == item.sequence.cache_salt
+                    and begin_alike(ahead.sequence.prompt, item.sequence.prompt, goal)
+                    for ahead, known in ready
+                )
+            ):
+                ready.append((item, found))
+        return ready
+
+    def _prefill_together(self, items: list[_Ready]) -> list[Output]:
+        """Whole prompts. When they fail together, each is tried alone, so that only the one at fault fails.
+
+        All are worked off over the same last columns, so who has less left to do does some of what is known again.
+        """
+        rows = [item.sequence for item, _ in items]
         prompts = [row.prompt for row in rows]
-        width = max(map(len, prompts))
+        count = max(item.rest - found.length for item, found in items)
+        known = [max(0, len(prompt) - count) for prompt in prompts]
+        width = max(known) + count
         pads = [width - len(prompt) for prompt in prompts]
         try:
-            ids = torch.tensor([(0,) * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)])
-            positions = (torch.arange(width)[None] - torch.tensor(pads)[:, None]).clamp(min=0)
-            cache = BatchCache(self._windows)
+            ids = torch.tensor([((0,) * pad + prompt)[-count:] for pad, prompt in zip(pads, prompts, strict=True)])
+            positions = (torch.arange(width - count, width)[None] - torch.tensor(pads)[:, None]).clamp(min=0)
+            cache = self._begin([found for _, found in items], known)
             masks = self._masks(rows)
             logits = self._forward(ids.to(self._device), cache, positions.to(self._device), self._mask(pads, width))
             outputs = self._sample(logits, rows, masks)
         except Exception as error:
             if len(items) == 1:
-                return [Failed(items[0].sequence, error)]
+                return [Failed(rows[0], error)]
             return [output for item in items for output in self._prefill_together([item])]
+        self._prefilled += sum(map(len, prompts)) - sum(known)
+        if self._prefixes is not None:
+            for index, row in enumerate(rows):
+                self._prefixes.used(row, known[index])
+                self._prefixes.remember(row, row.prompt, cache, index)
         self._join(rows, cache)
         return outputs
 
-    def _prefill_chunk(self, item: _Prefill, count: int) -> list[Output]:
-        start, end = item.done, item.done + count
+    def _prefill_chunk(self, item: _Prefill, found: Found[Segment], count: int) -> list[Output]:
+        sequence = item.sequence
+        start = item.done or found.length
+        end = start + count
         try:
             if item.cache is None:
-                item.cache = BatchCache(self._windows)
-            ids = torch.tensor([item.sequence.prompt[start:end]], device=self._device)
+                item.cache = self._begin([found], [found.length])
+                if self._prefixes is not None:
+                    self._prefixes.used(sequence, found.length)
+            ids = torch.tensor([sequence.prompt[start:end]], device=self._device)
             positions = torch.arange(start, end, device=self._device)[None]
-            masks = None if end < len(item.sequence.prompt) else self._masks([item.sequence])
+            masks = None if end < len(sequence.prompt) else self._masks([sequence])
             logits = self._forward(ids, item.cache, positions)
             item.done = end
+            self._prefilled += count
+            if self._prefixes is not None:
+                self._prefixes.remember(sequence, sequence.prompt[:end], item.cache, 0)
             if item.rest:
                 return []
-            outputs = self._sample(logits, [item.sequence], masks)
+            outputs = self._sample(logits, [sequence], masks)
         except Exception as error:
-            return [Failed(item.sequence, error)]
-        self._join([item.sequence], item.cache)
+            return [Failed(sequence, error)]
+        self._join([sequence], item.cache)
         return outputs
+
+    def _begin(self, found: list[Found[Segment]], counts: list[int]) -> BatchCache:
+        """A cache whose rows begin with the first so many tokens of what was found for each."""
+        if self._prefixes is None or not any(counts):
+            return BatchCache(self._windows)
+        return self._prefixes.begin(found, counts)
+
+    def _remember_answers(self, leaving: set[Sequence]) -> None:
+        """Keeps what those who decode and leave have written, for the case that their conversations go on."""
+        if self._prefixes is None or self._cache is None:
+            return
+        with torch.inference_mode():
+            for index, row in enumerate(self._rows):
+                # Of a row that failed it is not known how far it came.
+                if row in leaving and row not in self._broken:
+                    tokens = (*row.prompt, *row.output)[: _cached(row)]
+                    self._prefixes.remember(row, tokens, self._cache, index)
 
     def _join(self, sequences: list[Sequence], cache: BatchCache) -> None:
         if self._cache is None:

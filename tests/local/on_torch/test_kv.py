@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from transformers import (
 from asyncmodels.errors import UnsupportedError
 from asyncmodels.local import transformers_runner
 from asyncmodels.local.kv import BatchCache, layer_windows
-from asyncmodels.local.runner import Failed
+from asyncmodels.local.runner import Failed, Sampled
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.transformers_runner import TransformersRunner
 from asyncmodels.local.weights import Weights, WeightsSpec
@@ -63,9 +62,18 @@ def build(config: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
+class Vocabulary:
+    """What the runner asks of a tokenizer before there is any text."""
+
+    eos_token_id = 119
+    model_max_length = 512
+
+    def __len__(self) -> int:
+        return 120
+
+
 def make_runner(model: Any, monkeypatch: pytest.MonkeyPatch, prefill_tokens: int = 24) -> TransformersRunner:
-    tokenizer = SimpleNamespace(eos_token_id=119, model_max_length=512)
-    monkeypatch.setattr(transformers_runner, "load_weights", lambda _: Weights(model, tokenizer))
+    monkeypatch.setattr(transformers_runner, "load_weights", lambda _: Weights(model, Vocabulary()))
     runner = TransformersRunner(WeightsSpec(model_id="random"), prefill_tokens=prefill_tokens)
     runner.load()
     return runner
@@ -78,7 +86,7 @@ def prompt(length: int) -> tuple[int, ...]:
 def advance(runner: TransformersRunner, live: set[Sequence]) -> None:
     """One step, after which finished sequences leave."""
     for output in runner.step():
-        assert not isinstance(output, Failed), output
+        assert isinstance(output, Sampled), output
         output.sequence.output.append(output.token)
     done = {sequence for sequence in live if len(sequence.output) == sequence.max_tokens}
     if done:
