@@ -6,6 +6,7 @@ event loop never waits for an import.
 
 from __future__ import annotations
 
+import multiprocessing.util  # noqa: F401  # before any engine starts: at exit it waits for what that has to end first
 import os
 from collections.abc import Callable, Mapping
 from multiprocessing import process

@@ -234,9 +234,8 @@ def _translated(error: Exception) -> Exception:
     elif isinstance(cause, (VLLMClientError, ValueError)):
         ours = InvalidRequestError(f"vLLM refuses the request: {_why(cause)}")
     else:
-        ours = EngineError(
-            f"The request broke inside of vLLM with {type(cause or error).__name__}: {_why(cause or error)}"
-        )
+        cause = cause or error
+        ours = EngineError(f"The request broke inside of vLLM with {type(cause).__name__}: {_why(cause)}")
     ours.__cause__ = cause
     return ours
 

@@ -26,7 +26,7 @@ def engine_processes(parent: psutil.Process) -> list[psutil.Process]:
 
 
 async def test_when_the_engine_is_killed() -> None:
-    """Everybody who is with it fails at once with the cause, its other processes go, and the next call has a new one."""
+    """Everybody who is with it fails at once with the cause, its other processes go, and the next call gets another."""
     me = psutil.Process()
     before = set(engine_processes(me))
     async with VLLMModel(str(tiny_folder()), SETTINGS, max_batch_size=4) as model:
@@ -46,7 +46,7 @@ async def test_when_the_engine_is_killed() -> None:
         assert any(isinstance(result, EngineDeadError) for result in results)
         assert (await model.generate("hello", max_tokens=5)).content
         assert model.statistics().links["VLLMBackend"].restarts == 1
-        gone, alive = await asyncio.to_thread(psutil.wait_procs, family, PATIENCE)
+        _, alive = await asyncio.to_thread(psutil.wait_procs, family, PATIENCE)
         assert alive == []
         family = set(engine_processes(me)) - before
         assert len(family) == 2
@@ -54,7 +54,7 @@ async def test_when_the_engine_is_killed() -> None:
 
 
 def test_a_script_that_just_ends(tmp_path: Path) -> None:
-    """Two loops, one after the other, and then the end of the interpreter without a word: no process stays, or hangs."""
+    """Two loops, one after the other, then the end of the interpreter without a word: no process stays, none hangs."""
     script = tmp_path / "just_ends.py"
     script.write_text(
         dedent(
