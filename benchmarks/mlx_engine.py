@@ -136,7 +136,8 @@ async def measure(options: argparse.Namespace, path: str) -> dict[str, Any]:
     with_generator(model, tokenizer, prompts(options.requests), 2)
     rounds: list[dict[str, float]] = []
     for number in range(options.rounds):
-        texts, figures = prompts(options.requests), {}
+        texts = prompts(options.requests)
+        figures: dict[str, float] = {}
         for side in ("engine", "bare") if number % 2 else ("bare", "engine"):
             spent = time.process_time()
             if side == "engine":

@@ -42,7 +42,7 @@ class MLXBackend(EngineBackend):
         logprobs=True,
         response_format=True,
         grammars=ALL_GRAMMARS,
-        extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
+        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
     )
 
     def __init__(
@@ -108,6 +108,7 @@ class MLXModel(LocalModel):
     QueueFullError. A prompt is worked off ``prefill_step_size`` tokens at a time, between two tokens of those who
     decode. At most ``prompt_cache_bytes`` of keys and values (None: a tenth of the free memory, 0: none) stay for
     prompts that begin like an earlier one or continue its answer; ``usage.cached_tokens`` says how much that saved.
+    With ``isolate_agents`` an agent finds only what it said itself, and ``extra["cache_salt"]`` divides it by any word.
     After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
 
     A request with a ``seed`` is sampled from numbers of its own, the same in any batch. Its logits, and those of greedy
@@ -116,9 +117,9 @@ class MLXModel(LocalModel):
     more rows there are; log-probabilities are those of the model, in float32, before any of the sampling.
 
     A ``max_tokens`` that does not fit into the context is clipped to what does, which shows as finish_reason
-    ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``ignore_eos`` and
-    ``chat_template_kwargs``. ``usage`` counts every generated token, an end-of-text token and those that a stop
-    sequence cuts off included; ``logprobs`` has an entry for each but those whose text was all cut off.
+    ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``cache_salt``,
+    ``ignore_eos`` and ``chat_template_kwargs``. ``usage`` counts every generated token, an end-of-text token and those
+    that a stop sequence cuts off included; ``logprobs`` has an entry for each but those whose text was all cut off.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class MLXModel(LocalModel):
         when_full: Literal["wait", "raise"] = "wait",
         prefill_step_size: int = 512,
         prompt_cache_bytes: int | None = None,
+        isolate_agents: bool = False,
         max_restarts: int = 3,
         policies: tuple[Callable[[Backend], Backend], ...] = (),
         **defaults: Unpack[Parameters],
@@ -157,6 +159,7 @@ class MLXModel(LocalModel):
             max_queued=max_queued,
             max_queued_tokens=max_queued_tokens,
             when_full=when_full,
+            isolate_agents=isolate_agents,
             max_restarts=max_restarts,
         )
         super().__init__(backend, *policies, **defaults)

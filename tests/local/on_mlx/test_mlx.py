@@ -165,6 +165,24 @@ async def test_a_conversation_is_not_worked_off_twice(model: MLXModel) -> None:
     assert response.usage.cached_tokens is None
 
 
+async def test_agents_can_be_kept_apart(folder: Path) -> None:
+    """With isolate_agents nobody finds what another agent said, and a salt divides what is shared otherwise."""
+    async with MLXModel(str(folder), trust_remote_code=True, max_tokens=2, isolate_agents=True) as model:
+        found = [bool(await _cached(model, agent=agent)) for agent in ("a", "b", None, "a", "b", None)]
+    assert found == [False] * 3 + [True] * 3
+    async with MLXModel(str(folder), trust_remote_code=True, max_tokens=2) as model:
+        found = [
+            bool(await _cached(model, agent=agent, extra={"cache_salt": salt}))
+            for agent, salt in (("a", "x"), ("b", "y"), ("b", "x"), ("a", "y"))
+        ]
+    assert found == [False, False, True, True]
+
+
+async def _cached(model: MLXModel, **fields: Any) -> int | None:
+    usage = (await model.generate("what do you see? " * 3, **fields)).usage
+    return usage.cached_tokens if usage is not None else None
+
+
 async def test_models_that_cannot_be_batched(kind: str, model: MLXModel) -> None:
     """Their requests run one at a time, in the queue's order and not in one of their own, and all are answered."""
     running: list[int] = []
@@ -356,6 +374,7 @@ async def test_what_it_cannot_do(tiny_model: Path) -> None:
         ("prefill_step_size", (0, -3, 2.5, "x", True, None)),
         ("prompt_cache_bytes", (-1, 2.5, "x", True)),
         ("trust_remote_code", ("x", 1, None)),
+        ("isolate_agents", ("x", 1, None)),
         ("load_kwargs", (3, "x", [1], {1: 2})),
         ("apply_chat_template_kwargs", (3, "x", [1], {1: 2})),
         ("tool_name_key", ("", None, 3)),
