@@ -45,6 +45,7 @@ CORE: Mapping[str, set[str]] = {
     "backend": {"errors", "recipe", "types"},
     "answers": {"types"},
     "identity": {"backend", "types"},
+    "fingerprint": {"identity"},
     "deadline": {"errors"},
     "origin": {"backend"},
     "trace": {"backend", "types"},
@@ -90,7 +91,18 @@ CORE: Mapping[str, set[str]] = {
 """What each module of the core imports when it is imported; "" is the package itself."""
 
 PACKAGES: Mapping[str, set[str]] = {
-    "policies": {"answers", "backend", "clock", "errors", "formats", "identity", "origin", "trace", "types"},
+    "policies": {
+        "answers",
+        "backend",
+        "clock",
+        "errors",
+        "fingerprint",
+        "formats",
+        "identity",
+        "origin",
+        "trace",
+        "types",
+    },
     "remote": {
         "",
         "backend",
@@ -106,7 +118,20 @@ PACKAGES: Mapping[str, set[str]] = {
         "types",
     },
     "local": {"backend", "clock", "errors", "histogram", "messages", "model", "request", "stopping", "types"},
-    "batch": {"answers", "backend", "clock", "errors", "histogram", "identity", "messages", "model", "request", "types"},
+    "batch": {
+        "answers",
+        "backend",
+        "clock",
+        "errors",
+        "fingerprint",
+        "formats",
+        "histogram",
+        "identity",
+        "messages",
+        "model",
+        "request",
+        "types",
+    },
 }
 """What every module of a package may import beside its own package; batch, server and integrations come later."""
 
@@ -124,7 +149,6 @@ PARTS: Mapping[str, set[str]] = {
         "policies.cache_store",
         "policies.cached_answer",
         "policies.disk_store",
-        "policies.fingerprint",
     },
     "policies.budget_ledger": {"policies.prices"},
     "policies.spending": {"policies.budget_ledger", "policies.prices"},
@@ -227,6 +251,10 @@ TYPING: Mapping[str, set[str]] = {
 
 RUNTIMES = {"accelerate", "gguf", "mlx", "mlx_lm", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 FOREIGN: Mapping[str, set[str]] = {
+    "batch.frame": {"pandas"},
+    "batch.parquet": {"pyarrow"},
+    "batch.progress_notebook": {"IPython"},
+    "batch.progress_rich": {"rich"},
     "callable": {"anyio"},
     "policies.limit_redis": {"redis"},
     "policies.redis_store": {"redis"},
@@ -270,6 +298,8 @@ PURE = {
     "job",
     "json_grammar",
     "notation",
+    "prefill",
+    "prefix_cache",
     "prompt",
     "response_templates",
     "runner",

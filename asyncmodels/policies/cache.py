@@ -16,11 +16,11 @@ from asyncmodels.answers import decode, encode
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError
+from asyncmodels.fingerprint import differences, distance, fingerprint, read
 from asyncmodels.identity import canonical, identities, is_sampled, question
 from asyncmodels.policies.cache_store import CacheStore, MemoryStore
 from asyncmodels.policies.cached_answer import Entry
 from asyncmodels.policies.disk_store import DiskStore
-from asyncmodels.policies.fingerprint import differences, distance, fingerprint, read
 from asyncmodels.types import Delta, FinishReason, Request, Response, ResponseBuilder
 
 __all__ = ["Cache", "CacheExplanation", "CacheStatistics"]

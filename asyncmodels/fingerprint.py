@@ -42,20 +42,20 @@ def distance(one: Fingerprint, other: Fingerprint) -> int:
     return len(dict(one.items() ^ other.items()))
 
 
-def differences(mine: Fingerprint, theirs: Fingerprint) -> tuple[str, ...]:
-    """What differs, place by place, in words; ``theirs`` is what the cache holds."""
+def differences(mine: Fingerprint, theirs: Fingerprint, holder: str = "the cache") -> tuple[str, ...]:
+    """What differs, place by place, in words; ``theirs`` is what ``holder`` holds."""
     said: dict[str, None] = {}
     for place in sorted(mine.keys() | theirs.keys(), key=_order):
         here, there = mine.get(place), theirs.get(place)
         if here == there:
             continue
         if here is None or there is None:
-            where = "only asked now" if there is None else "only in the cache"
+            where = "only asked now" if there is None else f"only in {holder}"
             said[f"{_outermost(place, theirs if there is None else mine)} ({where})"] = None
         elif here.startswith("#") or there.startswith("#"):
             said[place] = None
         else:
-            said[f"{place} ({here}, in the cache {there})"] = None
+            said[f"{place} ({here}, in {holder} {there})"] = None
     return tuple(said)
 
 
