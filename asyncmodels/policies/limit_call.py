@@ -107,7 +107,7 @@ class Call:
             self.learn(told)
         if cached:
             meter.gate.settle(cost)
-        elif usage is not None:
+        elif usage is not None and meter.gate.limits() != _UNKNOWN:
             meter.estimator.learn(self.size, usage)
             real = cost_of(usage.input_tokens, usage.output_tokens, usage.cached_tokens or 0)
             tokens, given, answer = cost[1] - real[1], cost[2] - real[2], cost[3] - real[3]
