@@ -222,7 +222,8 @@ def tiny_mlx(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from asyncmodels.local.mlx import MLXModel
     from tests.local.on_mlx.tiny_mlx import tiny_mlx_folder
 
-    return MLXModel(str(tiny_mlx_folder()))
+    # Bytes are its tokens, so that the description of a tool is longer than its own context.
+    return MLXModel(str(tiny_mlx_folder()), load_kwargs={"model_config": {"max_position_embeddings": 2048}})
 
 
 def tiny_vllm(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
@@ -286,6 +287,6 @@ CASES = [
     Case("litellm", litellm_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
-    Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
+    Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
     Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=VLLM),
 ]
