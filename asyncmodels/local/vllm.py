@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing.util  # noqa: F401  # before any engine starts: at exit it waits for what that has to end first
 import os
+import sys
 from collections.abc import Callable, Mapping
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -83,15 +84,17 @@ def _end_if_started_by_ourselves() -> None:
     """Ends a process that is about to become an engine's and came by here instead, because it runs the script again.
 
     It can be nothing else any more, and whatever it did next, a loop that tries again for example, the engine that
-    waits for it would wait for ten minutes. What started it says what is wrong.
+    waits for it would wait for ten minutes.
     """
     inheriting = getattr(process.current_process(), "_inheriting", False)  # multiprocessing's own mark of that phase
     if inheriting and os.environ.get(_STARTER) == str(os.getppid()):
-        os._exit(UNGUARDED)
-
-
-UNGUARDED = 86
-"""The exit code of such a process."""
+        print(  # noqa: T201  # nobody but the reader of the terminal can be told
+            "asyncmodels: vLLM's process runs the main script again, which starts the model there, too. "
+            'Put what starts it under `if __name__ == "__main__":`.',
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 class VLLMModel(LocalModel):
@@ -107,8 +110,9 @@ class VLLMModel(LocalModel):
     ``model_id`` is a folder or the name of a repository on the Hugging Face Hub. It is loaded at first use, by
     ``load()`` or by ``async with``, and a ModelLoadError says why it cannot be. vLLM runs in processes of its own. They
     are started by ``spawn``, whatever VLLM_WORKER_MULTIPROC_METHOD says, which is why a script needs the guard above;
-    without it loading is a ModelLoadError. They end with ``aclose()``, with the interpreter, and when nobody has the
-    model any more. VLLM_LOGGING_LEVEL is ``ERROR`` unless it is set.
+    without it loading fails, and the terminal says why. No script may be called ``vllm.py``. The processes end with
+    ``aclose()``, with the interpreter, and when nobody has the model any more. VLLM_LOGGING_LEVEL is ``ERROR`` unless
+    it is set.
 
     ``model_kwargs`` are vLLM's engine arguments: ``dtype``, ``quantization``, ``max_model_len``,
     ``gpu_memory_utilization``, ``tensor_parallel_size`` and so on. Ours are ``scheduling_policy="priority"``, the

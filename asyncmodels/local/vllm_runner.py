@@ -24,7 +24,6 @@ from asyncmodels.errors import AsyncModelsError, EngineError, InvalidRequestErro
 from asyncmodels.local.detokenizer import make_detokenizer
 from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerInfo, RunnerLostError
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
-from asyncmodels.local.vllm import UNGUARDED
 from asyncmodels.local.vllm_arguments import engine_arguments
 from asyncmodels.local.vllm_sampling import priority, sampled, sampling_params, structured_outputs
 from asyncmodels.local.vllm_statistics import VLLMStatistics
@@ -242,11 +241,8 @@ def _translated(error: Exception) -> Exception:
 
 def _why(error: BaseException) -> str:
     """What ``error`` says, as the end of a sentence."""
-    if f": {UNGUARDED}}}" in str(error):
-        return (
-            "the engine's process runs the main script again, which starts the model there, too; "
-            'put what starts it under `if __name__ == "__main__":`.'
-        )
+    if "See root cause above" in str(error):
+        return "its process ended while it started, and wrote to the terminal why."
     details = getattr(error, "errors", None)  # pydantic's errors: the sentence stands in the middle of a report
     # The first argument is the sentence without the names and values that vLLM prints after it.
     text = details()[0]["msg"] if callable(details) else "".join(map(str, error.args[:1]))

@@ -87,7 +87,8 @@ async def test_parameters_do_not_mix(model: VLLMModel) -> None:
     assert len(alone[7].logprobs) == alone[7].usage.output_tokens
     for entry in alone[7].logprobs:
         assert len(entry.top) == 3
-        assert entry.top[0] == (entry.token, pytest.approx(entry.logprob))
+        assert entry.top[0][0] == entry.token
+        assert entry.top[0][1] == pytest.approx(entry.logprob)
         assert [logprob for _, logprob in entry.top] == sorted((logprob for _, logprob in entry.top), reverse=True)
     assert alone[0].logprobs is None
 

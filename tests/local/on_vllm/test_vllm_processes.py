@@ -82,12 +82,12 @@ def test_a_script_that_just_ends(tmp_path: Path) -> None:
 
 
 def test_a_script_without_a_guard(tmp_path: Path) -> None:
-    """A script that starts the model wherever it is imported hears what is wrong, although it would try for ever."""
+    """A script that starts the model wherever it is imported is told what is wrong, although it would try for ever."""
     script = tmp_path / "unguarded.py"
     script.write_text(
         dedent(
             f"""
-            import asyncio, os
+            import asyncio
             from asyncmodels.errors import ModelLoadError
             from asyncmodels.local.vllm import VLLMModel
 
@@ -106,8 +106,9 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
     )
     done = run(script)
     assert done.returncode == 0, done.stderr
-    assert "runs the main script again" in done.stdout
-    assert 'if __name__ == "__main__":' in done.stdout
+    assert "its process ended while it started" in done.stdout
+    assert "runs the main script again" in done.stderr
+    assert 'if __name__ == "__main__":' in done.stderr
 
 
 def run(script: Path) -> subprocess.CompletedProcess[str]:
