@@ -17,15 +17,13 @@ from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilitie
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.local.backend import EngineBackend, EngineOptions, LocalModel, check_keywords, check_model, require
 from asyncmodels.local.folder import model_source
+from asyncmodels.local.vllm_watch import STARTER
 from asyncmodels.request import Parameters
 
 if TYPE_CHECKING:
     from asyncmodels.local.runner import Runner
 
 __all__ = ["VLLMBackend", "VLLMModel"]
-
-_STARTER = "ASYNCMODELS_VLLM_STARTED_BY"
-"""Holds the id of the process that starts engine processes: they inherit it, and so know what they are."""
 
 
 class VLLMBackend(EngineBackend):
@@ -77,7 +75,7 @@ def _prepare_environment() -> None:
     # We start processes from a thread; a fork would copy the locks that other threads hold at that moment.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ[_STARTER] = str(os.getpid())
+    os.environ[STARTER] = str(os.getpid())
 
 
 def _end_if_started_by_ourselves() -> None:
@@ -87,7 +85,7 @@ def _end_if_started_by_ourselves() -> None:
     waits for it would wait for ten minutes.
     """
     inheriting = getattr(process.current_process(), "_inheriting", False)  # multiprocessing's own mark of that phase
-    if inheriting and os.environ.get(_STARTER) == str(os.getppid()):
+    if inheriting and os.environ.get(STARTER) == str(os.getppid()):
         print(  # noqa: T201  # nobody but the reader of the terminal can be told
             "asyncmodels: vLLM's process runs the main script again, which starts the model there, too. "
             'Put what starts it under `if __name__ == "__main__":`.',
@@ -111,8 +109,8 @@ class VLLMModel(LocalModel):
     ``load()`` or by ``async with``, and a ModelLoadError says why it cannot be. vLLM runs in processes of its own. They
     are started by ``spawn``, whatever VLLM_WORKER_MULTIPROC_METHOD says, which is why a script needs the guard above;
     without it loading fails, and the terminal says why. No script may be called ``vllm.py``. The processes end with
-    ``aclose()``, with the interpreter, and when nobody has the model any more. VLLM_LOGGING_LEVEL is ``ERROR`` unless
-    it is set.
+    ``aclose()``, with the interpreter, when nobody has the model any more, and when this one is killed.
+    VLLM_LOGGING_LEVEL is ``ERROR`` unless it is set.
 
     ``model_kwargs`` are vLLM's engine arguments: ``dtype``, ``quantization``, ``max_model_len``,
     ``gpu_memory_utilization``, ``tensor_parallel_size`` and so on. Ours are ``scheduling_policy="priority"``, the

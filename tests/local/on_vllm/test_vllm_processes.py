@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent
 
@@ -15,6 +16,7 @@ import psutil
 from asyncmodels.errors import EngineDeadError
 from asyncmodels.local.runner import RunnerLostError
 from asyncmodels.local.vllm import VLLMModel
+from asyncmodels.local.vllm_watch import watch
 from asyncmodels.types import Response
 from tests.local.on_vllm.kept import SETTINGS, tiny_folder
 
@@ -61,6 +63,7 @@ def test_a_script_that_just_ends(tmp_path: Path) -> None:
             f"""
             import asyncio, psutil
             from asyncmodels.local.vllm import VLLMModel
+from asyncmodels.local.vllm_watch import watch
 
             model = VLLMModel({str(tiny_folder())!r}, {dict(SETTINGS)!r}, max_batch_size=4)
 
@@ -90,6 +93,7 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
             import asyncio
             from asyncmodels.errors import ModelLoadError
             from asyncmodels.local.vllm import VLLMModel
+from asyncmodels.local.vllm_watch import watch
 
             async def main():
                 await VLLMModel({str(tiny_folder())!r}, {dict(SETTINGS)!r}).load()
@@ -112,12 +116,64 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
 
 
 def run(script: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
         timeout=500,
         check=False,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
     )
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def test_who_started_an_engine_is_watched(tmp_path: Path) -> None:
+    """A process of vLLM's ends when what started it was killed; other children of that, and of others, do not watch."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        dedent(
+            """
+            import multiprocessing, os, subprocess, sys, time
+
+            def child(pipe):
+                from asyncmodels.local.vllm_watch import watch
+                watch()
+                pipe.send(os.getpid())
+                time.sleep(500)
+
+            if __name__ == "__main__":
+                context = multiprocessing.get_context("spawn")
+                for starter in (os.getpid(), 1):
+                    os.environ["ASYNCMODELS_VLLM_STARTED_BY"] = str(starter)
+                    here, there = context.Pipe()
+                    context.Process(target=child, args=(there,)).start()
+                    print(here.recv(), flush=True)
+                os.environ["ASYNCMODELS_VLLM_STARTED_BY"] = str(os.getpid())
+                code = "from asyncmodels.local.vllm_watch import watch; import os, time; watch(); time.sleep(500)"
+                print(subprocess.Popen([sys.executable, "-c", code]).pid, flush=True)
+                time.sleep(500)
+            """
+        )
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment())
+    assert parent.stdout is not None
+    mine, *others = (psutil.Process(int(parent.stdout.readline())) for _ in range(3))
+    try:
+        parent.kill()
+        parent.wait()
+        assert psutil.wait_procs([mine], PATIENCE)[1] == []
+        assert all(other.is_running() for other in others)
+    finally:
+        parent.stdout.close()
+        for other in others:
+            other.kill()
+
+
+def test_vllm_calls_the_watch() -> None:
+    """The entry point by which vLLM finds the watch leads to it."""
+    (point,) = (point for point in entry_points(group="vllm.general_plugins") if point.name == "asyncmodels")
+    assert point.load() is watch
