@@ -1,0 +1,472 @@
+"""Agents of all sizes that come over time, and agents that share a system prompt, on one local model:
+
+    python benchmarks/local_mixed.py --json results.json
+
+Requests with prompts of 20 to 600 tokens that want 8 to 128 tokens come one after the other, faster than they can be
+served. The same requests, at the same times, with the same greedy tokens that no end-of-text token cuts short, go to
+
+- our engine, one awaiting task per agent;
+- a server of the usual kind, which collects what has come, pads it, generates until the longest is done, and returns;
+- ``ContinuousBatchingManager`` of Transformers;
+- smolagents' TransformersModel, one at a time (measured on a few of them, without waiting between).
+
+Then every call of the model that the engine made is made once more, bare: the same rows, columns and keys, over memory
+that is already there, and the best token of each row. What share of the engine's time that is, is how close the engine
+is to the ideal at its occupancy. Speeds are generated tokens by seconds from the first request to the last answer.
+
+Then all agents ask at once behind a common new system prompt, with the prefix cache and without it. All ways take
+turns, and medians are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib.util
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    Cache,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.cache_utils import CacheLayerMixin
+
+from asyncmodels.local.smollm import smollm_path
+from asyncmodels.local.transformers import TransformersBackend
+from asyncmodels.local.weights import WeightsSpec, shared_weights
+from asyncmodels.types import Message, Request
+
+WORDS = ("tides", "glass", "bread", "maps", "bees", "clocks", "rain", "chess", "salt", "bridges", "owls", "and", "of")
+SHAPES = {
+    "tiny": (256, 4, 4, 2, 688),
+    "1b": (2048, 16, 32, 8, 8192),
+    "7b": (4096, 32, 32, 8, 14336),
+}
+"""Random weights: hidden size, layers, heads, heads of keys and values, width of the feed-forward part."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request: after how many seconds it comes, what it says, and how many tokens it wants."""
+
+    at: float
+    text: str
+    tokens: int
+    system: str | None = None
+
+    def messages(self) -> list[dict[str, str]]:
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, {"role": "user", "content": self.text}]
+
+    def request(self, agent: str) -> Request:
+        return Request(
+            messages=tuple(Message(message["role"], message["content"]) for message in self.messages()),  # type: ignore[arg-type]  # one of two
+            max_tokens=self.tokens,
+            temperature=0.0,
+            agent=agent,
+            extra={"ignore_eos": True},
+        )
+
+
+class Prompts:
+    """Texts of so many tokens by the model's own count, its chat template included."""
+
+    def __init__(self, tokenizer: Any, seed: int) -> None:
+        self.tokenizer = tokenizer
+        self.random = random.Random(seed)
+
+    def ids(self, messages: list[dict[str, str]]) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, tokens: int) -> str:
+        words = [self.random.choice(WORDS) for _ in range(tokens)]
+        ids = self.tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
+        return str(self.tokenizer.decode(ids[: max(1, tokens)]))
+
+    def mixed(self, count: int, longest: int, most: int, over: float) -> list[Ask]:
+        frame = len(self.ids([{"role": "user", "content": ""}]))
+        asks = []
+        for index in range(count):
+            length = self.random.randint(min(20, longest), longest)
+            text = self.text(max(1, length - frame))
+            asks.append(Ask(over * index / count, text, self.random.randint(min(8, most), most)))
+        return asks
+
+    def shared(self, count: int, system_tokens: int) -> list[Ask]:
+        system = self.text(system_tokens)
+        return [Ask(0.0, self.text(self.random.randint(10, 40)), 4, system) for _ in range(count)]
+
+
+# -- the ways ---------------------------------------------------------------------------------------------------------
+
+
+async def with_engine(backend: TransformersBackend, asks: list[Ask]) -> float:
+    async def one(index: int, ask: Ask) -> int:
+        await asyncio.sleep(ask.at)
+        response = await backend.generate(ask.request(f"agent-{index}"))
+        assert response.usage is not None
+        return response.usage.output_tokens or 0
+
+    started = time.perf_counter()
+    produced = await asyncio.gather(*(one(index, ask) for index, ask in enumerate(asks)))
+    assert list(produced) == [ask.tokens for ask in asks], "the engine did not produce what was asked for"
+    return time.perf_counter() - started
+
+
+def with_static_server(model: Any, asks: list[Ask], prompts: Prompts) -> float:
+    waiting = list(asks)
+    started = time.perf_counter()
+    while waiting:
+        now = time.perf_counter() - started
+        batch = [ask for ask in waiting if ask.at <= now]
+        if not batch:
+            time.sleep(waiting[0].at - now)
+            continue
+        waiting = [ask for ask in waiting if ask.at > now]
+        ids = [prompts.ids(ask.messages()) for ask in batch]
+        width = max(map(len, ids))
+        inputs = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+        longest = max(ask.tokens for ask in batch)
+        output = model.generate(
+            inputs,
+            attention_mask=mask,
+            max_new_tokens=longest,
+            min_new_tokens=longest,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        prompts.tokenizer.batch_decode(output[:, width:])
+    return time.perf_counter() - started
+
+
+def with_manager(model: Any, asks: list[Ask], prompts: Prompts) -> float:
+    # Enough pages for all of them at once, and small batches on a CPU, whose mask is dense.
+    config = ContinuousBatchingConfig(page_size=32, num_blocks=len(asks) * 32, max_batch_tokens=256)
+    generation = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=4)
+    seconds = 0.0
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=config, warmup=False
+    ) as manager:
+        started = time.perf_counter()
+        for ask in asks:
+            ahead = ask.at - (time.perf_counter() - started)
+            if ahead > 0:
+                time.sleep(ahead)
+            manager.add_request(prompts.ids(ask.messages()), max_new_tokens=ask.tokens)
+        produced = 0
+        for _ in asks:
+            result = manager.get_result(timeout=600)
+            assert result is not None
+            assert result.error is None, result.error
+            produced += len(result.generated_tokens)
+        seconds = time.perf_counter() - started
+    assert produced == sum(ask.tokens for ask in asks), "the manager did not produce what was asked for"
+    return seconds
+
+
+def with_smolagents(model: Any, asks: list[Ask]) -> float:
+    started = time.perf_counter()
+    for ask in asks:
+        parts = [
+            {"role": each["role"], "content": [{"type": "text", "text": each["content"]}]} for each in ask.messages()
+        ]
+        model.generate(parts, max_new_tokens=ask.tokens, min_new_tokens=ask.tokens, do_sample=False)
+    return time.perf_counter() - started
+
+
+# -- the ideal --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the model: rows, new columns, columns that were there, and whether there was a mask."""
+
+    rows: int
+    columns: int
+    width: int
+    masked: bool
+
+
+class Recorder:
+    """Notes the calls of a model while it is entered."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.calls: list[Call] = []
+
+    def __enter__(self) -> Recorder:
+        self._handle = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _note(self, _: Any, args: Any, kwargs: Any) -> None:
+        rows, columns = args[0].shape
+        width = kwargs["past_key_values"].get_seq_length()
+        self.calls.append(Call(rows, columns, width, kwargs.get("attention_mask") is not None))
+
+
+class Filled(CacheLayerMixin):  # type: ignore[misc]  # transformers is not type-checked here
+    """Keys and values that are there already; what comes is written to the end of them."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, call: Call) -> None:
+        super().__init__()
+        self.is_initialized = True
+        self.call = call
+        end = call.width + call.columns
+        self.keys, self.values = keys[: call.rows, :, :end], values[: call.rows, :, :end]
+
+    def lazy_initialization(self, *_: Any) -> None: ...
+
+    def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys[:, :, self.call.width :] = key_states
+        self.values[:, :, self.call.width :] = value_states
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.call.width + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.call.width
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def bare(model: Any, calls: list[Call]) -> float:
+    """Seconds for the same calls, with nothing around them."""
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (
+        max(call.rows for call in calls),
+        config.num_key_value_heads,
+        max(call.width + call.columns for call in calls),
+        head,
+    )
+    memory = [torch.zeros((2, *shape), dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
+    with torch.inference_mode():
+        started = time.perf_counter()
+        for call in calls:
+            cache = Cache(layers=[Filled(keys, values, call) for keys, values in memory])
+            end = call.width + call.columns
+            kwargs: dict[str, Any] = {}
+            if call.masked:
+                mask = torch.ones((call.rows, end), dtype=torch.long, device=model.device)
+                mask[0, 0] = 0
+                kwargs["attention_mask"] = mask
+            ids = torch.zeros((call.rows, call.columns), dtype=torch.long, device=model.device)
+            positions = torch.arange(call.width, end, device=model.device)[None].expand(call.rows, -1)
+            logits = model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1, **kwargs).logits
+            logits[:, -1].argmax(-1).tolist()
+        return time.perf_counter() - started
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def engine(path: str, options: argparse.Namespace, **settings: Any) -> TransformersBackend:
+    return TransformersBackend(
+        path,
+        device_map=options.device,
+        torch_dtype=options.dtype,
+        max_batch_size=options.agents,
+        share_weights=True,
+        **settings,
+    )
+
+
+async def measure_mixed(path: str, options: argparse.Namespace, model: Any, prompts: Prompts) -> dict[str, Any]:
+    backend = engine(path, options, prefix_cache_bytes=0)
+    await backend.load()
+    asks = prompts.mixed(options.agents, options.longest, options.most, options.over)
+    few = asks[: options.singles]
+    tokens, few_tokens = sum(ask.tokens for ask in asks), sum(ask.tokens for ask in few)
+    warm = [Ask(0.0, "hello", 2)] * 2
+    agent = smolagents_model(path, options)
+    ways: dict[str, tuple[int, Callable[[], float]]] = {
+        "static server": (tokens, lambda: with_static_server(model, asks, prompts)),
+    }
+    if not options.without_manager:
+        ways["ContinuousBatchingManager"] = (tokens, lambda: with_manager(model, asks, prompts))
+    if agent is not None:
+        ways["smolagents, one at a time"] = (few_tokens, lambda: with_smolagents(agent, few))
+    await with_engine(backend, warm)
+    with_static_server(model, warm, prompts)
+    speeds: dict[str, list[float]] = {"engine": [], **{name: [] for name in ways}}
+    ideal: list[float] = []
+    for number in range(options.rounds):
+        with Recorder(model) as recorder:
+            seconds = await with_engine(backend, asks)
+        speeds["engine"].append(tokens / seconds)
+        ideal.append(bare(model, recorder.calls) / seconds)
+        for name, (count, way) in ways.items():
+            speeds[name].append(count / way())
+        said = ", ".join(f"{name} {values[-1]:.1f}" for name, values in speeds.items())
+        print(f"round {number + 1}: {said}, of the ideal {ideal[-1]:.2f}")
+    await backend.aclose()
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    ratios = {name: medians["engine"] / speed for name, speed in medians.items() if name != "engine"}
+    return {
+        "tokens_per_second": medians,
+        "engine_over": ratios,
+        "of_ideal": statistics.median(ideal),
+        "rounds": {**speeds, "of ideal": ideal},
+    }
+
+
+def smolagents_model(path: str, options: argparse.Namespace) -> Any:
+    if importlib.util.find_spec("smolagents") is None:
+        print("smolagents is not installed and not measured")
+        return None
+    from smolagents.models import TransformersModel
+
+    return TransformersModel(path, device_map=options.device, torch_dtype=getattr(torch, options.dtype))
+
+
+async def measure_shared(path: str, options: argparse.Namespace, prompts: Prompts) -> dict[str, Any]:
+    """How much prefill, in tokens and in seconds of the whole, agents behind a new system prompt cost."""
+    backends = {
+        "with the prefix cache": engine(path, options),
+        "without it": engine(path, options, prefix_cache_bytes=0),
+    }
+    prefilled: dict[str, list[float]] = {name: [] for name in backends}
+    seconds: dict[str, list[float]] = {name: [] for name in backends}
+    for backend in backends.values():
+        await backend.load()
+        await with_engine(backend, [Ask(0.0, "hello", 2)])
+    for _ in range(options.rounds):
+        asks = prompts.shared(options.agents, options.system)
+        for name, backend in backends.items():
+            before = backend.statistics().runtime["prefilled_tokens"]
+            seconds[name].append(await with_engine(backend, asks))
+            prefilled[name].append(backend.statistics().runtime["prefilled_tokens"] - before)
+    for backend in backends.values():
+        await backend.aclose()
+    work = {name: statistics.median(values) for name, values in prefilled.items()}
+    took = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "prefilled_tokens": work,
+        "seconds": took,
+        "times_less_prefill": work["without it"] / work["with the prefix cache"],
+        "times_faster": took["without it"] / took["with the prefix cache"],
+    }
+
+
+def model_folder(options: argparse.Namespace, folder: Path) -> str:
+    if options.shape is None:
+        return options.model or str(smollm_path())
+    tokenizer = AutoTokenizer.from_pretrained(options.model or str(smollm_path()))
+    hidden, layers, heads, kv_heads, inner = SHAPES[options.shape]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        max_position_embeddings=8192,
+    )
+    with torch.device(options.device):
+        LlamaForCausalLM(config).to(getattr(torch, options.dtype)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    path = model_folder(options, folder)
+    prompts = Prompts(AutoTokenizer.from_pretrained(path), options.seed)
+    result: dict[str, Any] = {
+        "device": options.device,
+        "dtype": options.dtype,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": options.shape or path,
+        "agents": options.agents,
+    }
+    if "shared" in options.parts:
+        result["shared"] = await measure_shared(path, options, prompts)
+    if "mixed" in options.parts:
+        spec = WeightsSpec(model_id=path, device_map=options.device, torch_dtype=options.dtype)
+        weights = shared_weights(spec)
+        # Nothing of the checkpoint's own way of sampling, of which generate would warn.
+        own = weights.model.generation_config
+        weights.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        result["mixed"] = await measure_mixed(path, options, weights.model, prompts)
+    gc.collect()
+    return result
+
+
+def report(result: dict[str, Any]) -> None:
+    print(f"\n{result['agents']} agents, {result['dtype']} on {result['device']}")
+    if "mixed" in result:
+        mixed = result["mixed"]
+        print(f"\n| {'how':<28} | tokens/s | engine is |\n|{'-' * 30}|{'-' * 10}|{'-' * 11}|")
+        for name, speed in mixed["tokens_per_second"].items():
+            ratio = mixed["engine_over"].get(name)
+            print(f"| {name:<28} | {speed:>8.1f} | {'' if ratio is None else f'{ratio:>8.1f}x'!s:>9} |")
+        print(f"\nbare calls of the model / engine: {mixed['of_ideal']:.2f} of the engine's time")
+    if "shared" in result:
+        shared = result["shared"]
+        work, took = shared["prefilled_tokens"], shared["seconds"]
+        for name in work:
+            print(f"shared system prompt, {name}: {work[name]:.0f} tokens of prefill, {took[name]:.2f} s")
+        print(f"{shared['times_less_prefill']:.1f} times less prefill, {shared['times_faster']:.1f} times as fast")
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=["mixed", "shared"], help="mixed, shared (both)")
+    parser.add_argument("--model", help="a model folder or name (SmolLM2-135M-Instruct)")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead, with that tokenizer")
+    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default=best_device())
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--agents", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=600, help="tokens of the longest prompt")
+    parser.add_argument("--most", type=int, default=128, help="the largest number of tokens that is asked for")
+    parser.add_argument("--over", type=float, default=5.0, help="seconds over which requests come")
+    parser.add_argument("--system", type=int, default=512, help="tokens of the common system prompt")
+    parser.add_argument("--singles", type=int, default=3, help="how many requests smolagents answers in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--without-manager", action="store_true", help="leave ContinuousBatchingManager out")
+    parser.add_argument("--quick", action="store_true", help="one small round, to see that it runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    options = parser.parse_args()
+    if options.quick:
+        options.agents, options.longest, options.most, options.over = min(options.agents, 8), 60, 12, 0.5
+        options.system, options.singles, options.rounds = 128, 1, 1
+    with tempfile.TemporaryDirectory() as folder:
+        result = asyncio.run(measure(options, Path(folder)))
+    report(result)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
