@@ -8,56 +8,27 @@ thread that has died, a bounded number of times in a row.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError, InvalidRequestError
 from asyncmodels.local.gate import Gate, Ticket
+from asyncmodels.local.host import EngineHost
 from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.notation import Keys
 from asyncmodels.local.prompt import Prepared, template_kwargs
 from asyncmodels.local.runner import RunnerFactory
 from asyncmodels.local.sequence import Sampling, Sequence
-from asyncmodels.local.worker import Ready, Tally, Worker, WorkerSettings
+from asyncmodels.local.tally import EngineState, EngineStatistics, Tally
+from asyncmodels.local.worker import Ready, Worker, WorkerSettings, restart_pause
 from asyncmodels.stopping import StopMatcher
 from asyncmodels.types import Request
 
 __all__ = ["Engine", "EngineStatistics", "check_whole"]
-
-EngineState = Literal["idle", "loading", "running", "dead", "closed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStatistics:
-    """What an engine is doing, and what it has done since it was made."""
-
-    state: EngineState
-    waiting: int
-    """Requests that are not in the batch yet: at the gate, being tokenised, or queued."""
-    queued: int
-    """Those of them that were let in through the gate."""
-    running: int
-    """Rows of the batch."""
-    max_batch_size: int
-    kv_tokens: int
-    """Tokens of KV memory that running requests have reserved."""
-    max_kv_tokens: int | None
-    steps: int
-    mean_batch: float
-    """Rows in the batch, averaged over all steps."""
-    tokens_generated: int
-    finished: int
-    cancelled: int
-    failed: int
-    restarts: int
-    device: str | None
-    dtype: str | None
-    runtime: Mapping[str, float] = field(default_factory=dict)
-    """What the runtime counts by itself, under its own names."""
 
 
 class Engine:
@@ -69,7 +40,10 @@ class Engine:
     ``max_new_tokens`` is for requests without ``max_tokens``; None lets them fill the context. With ``isolate_agents``
     an agent finds nothing in the prefix cache but what it put there itself, so that nobody can tell by the time that an
     answer takes what others have asked; ``extra["cache_salt"]`` divides it by any other word. After ``max_restarts``
-    deaths in a row, without one finished request in between, the engine stays dead. ``tool_name_key`` and
+    deaths in a row, without one finished request in between, the engine stays dead; from the second one on it takes a
+    pause before it is restarted. A step that lasts ``stuck_after`` seconds is reported by a warning; None reports none.
+    ``agent_weights`` says how much of the engine an agent may have beside others, by its name or as a function of it;
+    who is not named has 1. An engine with a ``host`` is loaded when the host has room for it. ``tool_name_key`` and
     ``tool_arguments_key`` are the words of a call for models whose chat template has no tools.
     """
 
@@ -85,6 +59,9 @@ class Engine:
         when_full: Literal["wait", "raise"] = "wait",
         max_new_tokens: int | None = None,
         max_restarts: int = 3,
+        stuck_after: float | None = 60.0,
+        agent_weights: Mapping[str, float] | Callable[[str | None], float] | None = None,
+        host: EngineHost | None = None,
         isolate_agents: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         tool_name_key: str = "name",
@@ -101,21 +78,36 @@ class Engine:
             raise ConfigurationError(f"isolate_agents must be True or False, not {isolate_agents!r}.")
         if when_full not in ("wait", "raise"):
             raise ConfigurationError(f'when_full must be "wait" or "raise", not {when_full!r}.')
+        check_seconds("stuck_after", stuck_after)
+        if isinstance(agent_weights, Mapping):
+            for agent, weight in agent_weights.items():
+                _check_weight(agent, weight)
+            agent_weights = dict(agent_weights)
+        elif agent_weights is not None and not callable(agent_weights):
+            raise ConfigurationError(
+                f"agent_weights must be a mapping from agents to numbers or a function, not {agent_weights!r}."
+            )
+        if host is not None and not isinstance(host, EngineHost):
+            raise ConfigurationError(f"host must be an EngineHost, not {host!r}.")
         self.model_id = model_id
         self.max_new_tokens = max_new_tokens
         self.when_full = when_full
         self._isolate_agents = isolate_agents
+        self._agent_weights = agent_weights
         self._factory = factory
         self._clock = clock
+        self._place = None if host is None else host.place(self, model_id)
         self._settings = WorkerSettings(
             name=model_id.rstrip("/").rpartition("/")[2] or "model",
             model_id=model_id,
             max_rows=max_batch_size,
             max_tokens=max_batch_tokens,
             max_restarts=max_restarts,
+            stuck_after=stuck_after,
             template_kwargs=dict(chat_template_kwargs or {}),
             keys=_keys(tool_name_key, tool_arguments_key),
             clock=clock,
+            place=self._place,
         )
         self._tally = Tally()
         self._gate = Gate(max_requests=max_queued, max_tokens=max_queued_tokens)
@@ -126,7 +118,14 @@ class Engine:
 
     async def start(self) -> None:
         """Loads the model, if that has not happened. Raises ModelLoadError; the next call tries again."""
-        await self._ready()
+        if self._place is None:
+            await self._ready()
+            return
+        leave = await self._place.resident.enter()
+        try:
+            await self._ready()
+        finally:
+            leave()
 
     async def submit(self, request: Request, *, streaming: bool) -> Handle:
         """Takes ``request`` in, and returns once it is with the owner thread.
@@ -139,13 +138,17 @@ class Engine:
         template_kwargs(request)
         self._cache_salt(request)
         stops = StopMatcher(request.stop_sequences)
-        await self._ready()
+        weight = self._weight(request.agent)
+        if self._place is None:
+            await self._ready()
         wait = self.when_full == "wait"
-        ticket = await self._gate.enter(priority=request.priority, agent=request.agent, wait=wait)
+        ticket = await self._gate.enter(priority=request.priority, agent=request.agent, weight=weight, wait=wait)
         try:
+            if self._place is not None:
+                ticket.on_end = await self._place.resident.enter()
             return await self._send(request, ticket, stops, streaming, arrived)
         except BaseException:
-            ticket.release()
+            ticket.end()
             raise
 
     def statistics(self) -> EngineStatistics:
@@ -158,15 +161,27 @@ class Engine:
             queued=self._gate.inside,
             running=scheduler.running if scheduler else 0,
             max_batch_size=scheduler.max_rows if scheduler else self._settings.max_rows,
+            batch_limit=scheduler.limit if scheduler else self._settings.max_rows,
             kv_tokens=scheduler.reserved if scheduler else 0,
             max_kv_tokens=scheduler.max_tokens if scheduler else self._settings.max_tokens,
             steps=tally.steps,
             mean_batch=tally.row_steps / tally.steps if tally.steps else 0.0,
             tokens_generated=tally.tokens,
+            tokens_per_second=tally.rate.per_second(self._clock.time()),
+            prompt_tokens=tally.prompt_tokens,
+            cached_tokens=tally.cached_tokens,
+            agents=tally.agents(),
+            first_token_p50=tally.first_token.quantile(0.5),
+            first_token_p95=tally.first_token.quantile(0.95),
+            between_tokens_p50=tally.between_tokens.quantile(0.5),
+            between_tokens_p95=tally.between_tokens.quantile(0.95),
             finished=tally.finished,
             cancelled=tally.cancelled,
             failed=tally.failed,
+            expired=tally.expired,
             restarts=tally.restarts,
+            halvings=tally.halvings,
+            stuck_for=worker.stuck_for() if worker is not None else None,
             device=ready.info.device if ready else None,
             dtype=ready.info.dtype if ready else None,
             runtime=worker.runtime_statistics() if worker is not None else {},
@@ -184,10 +199,19 @@ class Engine:
         with self._lock:
             self._closed = True
             worker = self._worker
-        self._gate.close(ClosedError("The engine was closed."))
+        closed = ClosedError("The engine was closed.")
+        self._gate.close(closed)
+        if self._place is not None:
+            self._place.resident.close(closed)
         if worker is not None:
             worker.close()
         return worker
+
+    def unload(self) -> None:
+        """Frees the model without waiting: for a host, while no request is here. The next one has it loaded again."""
+        worker = self._worker
+        if worker is not None:
+            worker.close()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -231,9 +255,21 @@ class Engine:
             ignore_eos=bool(request.extra.get("ignore_eos", False)),
             cache_salt=self._cache_salt(request),
             agent=request.agent,
+            weight=self._weight(request.agent),
             priority=request.priority,
             queued_at=arrived,
+            deadline=None if request.timeout is None else arrived + request.timeout,
         )
+
+    def _weight(self, agent: str | None) -> float:
+        weights = self._agent_weights
+        if weights is None:
+            return 1.0
+        if not callable(weights):
+            return 1.0 if agent is None else weights.get(agent, 1.0)
+        weight = weights(agent)
+        _check_weight(agent, weight)
+        return weight
 
     def _cache_salt(self, request: Request) -> str | None:
         salt = request.extra.get("cache_salt")
@@ -255,6 +291,7 @@ class Engine:
             return self._worker
 
     def _replace(self, dead: Worker | None) -> Worker:
+        pause = 0.0
         cause = dead.ended.value if dead is not None and dead.ready.value is not None else None
         if cause is not None:
             # A model that could not be loaded is tried again by every call; one that dies at work, a few times.
@@ -264,9 +301,10 @@ class Engine:
                     f"The engine died {self._tally.restarts_in_a_row + 1} times in a row and is not restarted "
                     f"any more ({type(cause).__name__}: {cause})."
                 ) from cause
+            pause = restart_pause(self._tally.restarts_in_a_row)
             self._tally.restarts += 1
             self._tally.restarts_in_a_row += 1
-        worker = Worker(self._factory, self._settings, self._tally)
+        worker = Worker(self._factory, self._settings, self._tally, pause=pause)
         worker.start()
         return worker
 
@@ -297,3 +335,16 @@ def check_whole(name: str, value: object, *, least: int = 1, optional: bool = Fa
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         none = ", or None" if optional else ""
         raise ConfigurationError(f"{name} must be a whole number of at least {least}{none}, not {value!r}.")
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raises ConfigurationError unless ``value`` is a number of seconds above 0, or None."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigurationError(f"{name} must be a number of seconds above 0, or None, not {value!r}.")
+
+
+def _check_weight(agent: object, weight: object) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ConfigurationError(f"The weight of agent {agent!r} must be a number above 0, not {weight!r}.")

@@ -133,6 +133,12 @@ class Constraint:
             self.check()
         return self.over
 
+    def restart(self, tokens: Iterable[int]) -> None:
+        """Begins anew and goes as far as ``tokens``; raises as ``take`` does."""
+        self.matcher.reset()
+        for token in tokens:
+            self.take(token)
+
     def check(self) -> None:
         """Raises InvalidRequestError when the grammar broke, which it does where it is too complex to go on."""
         if self.matcher.is_error():

@@ -84,6 +84,8 @@ class RunnerInfo:
     runtime cannot constrain what it generates."""
     native_calls: NativeCalls | None = field(default=None, repr=False)
     """How the runtime itself reads the model's tool calls, where the tokenizer does not declare it."""
+    weight_bytes: int = 0
+    """How much memory the weights take; 0 where the runtime does not say."""
     device: str = "cpu"
     dtype: str = ""
     """Where the model runs and in which precision, for ``statistics()``."""
@@ -128,6 +130,11 @@ class Runner(ABC):
     waits: ClassVar[bool] = False
     """Whether the runtime runs by itself, and ``step`` waits for what it has to say. ``step`` is then called with
     nothing in the batch as well, so that the runtime can notice its own end at any time."""
+    resumes: ClassVar[bool] = False
+    """Whether ``insert`` takes sequences that have some ``output`` already, and goes on behind it."""
+    kv_memory: int | None = None
+    """How many bytes keys and values may take, those that are kept for later included; set before ``load``. None leaves
+    it to the runtime."""
 
     @abstractmethod
     def load(self) -> RunnerInfo:

@@ -3,13 +3,18 @@
 Pure: no runtime, no threads, no clock. The order is
 
 1. priority, higher first;
-2. the agent that was served least, by a virtual token counter (VTC, arXiv 2401.00588): an agent pays for each prompt
-   token when its request starts and for each generated token as it comes. An agent that returns after a pause starts
-   from the level of those who were being served, so that idling saves nothing up;
+2. the agent that was served least for its weight, by a virtual token counter (VTC, arXiv 2401.00588): an agent pays for
+   each prompt token when its request starts and for each generated token as it comes, an agent of weight 2 half as
+   much. Prompt tokens that a prefix cache knew are for the most part paid back. An agent that returns after a pause
+   starts from the level of those who were being served, so that idling saves nothing up;
 3. first come, first served.
 
 The first in this order starts as soon as a row and the memory for it are free; nobody overtakes it because he is
-smaller, or a long request would starve.
+smaller, or a long request would starve. Nor does a deadline change the order: who sets himself a short one would gain
+by it. A request whose deadline passes while it is queued leaves without having started.
+
+Where memory runs out the batch is halved, and what was taken out is queued again before all others of its agent; the
+limit comes back row by row, as full batches go well.
 """
 
 from __future__ import annotations
@@ -26,15 +31,25 @@ __all__ = ["Counters", "FairQueue", "Scheduler"]
 
 _DEBTORS = 256
 """How many agents that are not here at the moment are remembered: those that were served most."""
+_CACHED_SHARE = 0.1
+"""What a prompt token that was found in a prefix cache costs, as a share of one that was computed."""
+_GROW_AFTER = 64
+"""So many full steps must go well before the batch gets a row back."""
+_STALE = 64
+"""How many entries of the heap of deadlines may be out of date, beside one for each queued sequence."""
 
 
 class Counters:
-    """The virtual token counters: how much each agent was served, for the agents that have anything at stake."""
+    """The virtual token counters: how much each agent was served, for the agents that have anything at stake.
+
+    They never go down: what an agent is paid back is a credit, and pays for what it is charged next.
+    """
 
     def __init__(self, *, input_weight: float = 1.0, output_weight: float = 2.0) -> None:
         self.input_weight = input_weight
         self.output_weight = output_weight
         self._served: dict[str | None, float] = {}
+        self._credit: dict[str | None, float] = {}
         self._holds: dict[str | None, int] = {}
         self._floor = 0.0
 
@@ -61,26 +76,44 @@ class Counters:
         if not self._holds:
             # Nobody competes with anybody: the past is forgotten, and with it agents that never come back.
             self._served.clear()
+            self._credit.clear()
             self._floor = 0.0
         elif self._served[agent] <= self._floor:
-            del self._served[agent]
+            self._forget(agent)
 
-    def charge_input(self, agent: str | None, tokens: int) -> None:
+    def charge_input(self, agent: str | None, tokens: float) -> None:
         """Charges a request that starts, and raises the level at which returning agents begin."""
         level = self._served.get(agent, self._floor)
         self._floor = max(self._floor, level)
-        self._served[agent] = level + self.input_weight * tokens
+        self._served[agent] = level + self._owed(agent, self.input_weight * tokens)
         if len(self._served) > len(self._holds) + 2 * _DEBTORS:
             self._forget_idle()
 
-    def charge_output(self, agent: str | None, tokens: int = 1) -> None:
-        self._served[agent] = self._served.get(agent, self._floor) + self.output_weight * tokens
+    def charge_output(self, agent: str | None, tokens: float = 1) -> None:
+        owed = self.output_weight * tokens
+        if self._credit:
+            owed = self._owed(agent, owed)
+        self._served[agent] = self._served.get(agent, self._floor) + owed
+
+    def pay_back(self, agent: str | None, tokens: float) -> None:
+        """Takes back what so many prompt tokens cost ``agent``, which is here."""
+        self._credit[agent] = self._credit.get(agent, 0.0) + self.input_weight * tokens
+
+    def _owed(self, agent: str | None, amount: float) -> float:
+        credit = self._credit.pop(agent, 0.0)
+        if credit > amount:
+            self._credit[agent] = credit - amount
+        return max(0.0, amount - credit)
+
+    def _forget(self, agent: str | None) -> None:
+        del self._served[agent]
+        self._credit.pop(agent, None)
 
     def _forget_idle(self) -> None:
         idle = [agent for agent in self._served if agent not in self._holds]
         idle.sort(key=lambda agent: self._served[agent])
         for agent in idle[:-_DEBTORS]:
-            del self._served[agent]
+            self._forget(agent)
 
 
 class Queueable(Protocol):
@@ -114,11 +147,12 @@ class FairQueue(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return iter(self._items)
 
-    def push(self, item: Item) -> None:
+    def push(self, item: Item, *, first: bool = False) -> None:
+        """Adds ``item`` behind those of its agent, or with ``first`` before them."""
         if item.priority not in self._classes:
             self._classes[item.priority] = _Class()
             heapq.heappush(self._order, -item.priority)
-        self._classes[item.priority].push(item, self._counters)
+        self._classes[item.priority].push(item, self._counters, first=first)
         self._items.add(item)
 
     def remove(self, item: Item) -> bool:
@@ -161,12 +195,15 @@ class _Class(Generic[Item]):
         self._heap: list[tuple[float, int, str | None]] = []
         self._arrivals = 0
 
-    def push(self, item: Item, counters: Counters) -> None:
+    def push(self, item: Item, counters: Counters, *, first: bool) -> None:
         line = self._lines.get(item.agent)
         if line is None:
             line = self._lines[item.agent] = deque()
             self._enter(item.agent, counters)
-        line.append(item)
+        if first:
+            line.appendleft(item)
+        else:
+            line.append(item)
 
     def peek(self, counters: Counters, live: set[Item]) -> Item | None:
         while self._heap:
@@ -205,8 +242,13 @@ class Scheduler:
         self.max_tokens = max_tokens
         self.padded = padded
         self.counters = counters or Counters()
+        self.limit = max_rows
+        """How many sequences may run at present: fewer than ``max_rows`` for a while after memory has run out."""
+        self._full_steps = 0
         self._queue: FairQueue[Sequence] = FairQueue(self.counters)
         self._running: dict[Sequence, None] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._arrivals = 0
 
     @property
     def queued(self) -> int:
@@ -218,12 +260,16 @@ class Scheduler:
 
     @property
     def reserved(self) -> int:
-        """Tokens of KV memory that the running sequences have reserved."""
-        return self._memory(sequence.reserved for sequence in self._running)
+        """Tokens of KV memory that the running sequences have reserved. Any thread may ask."""
+        return self._memory(sequence.reserved for sequence in list(self._running))
 
     def sequences(self) -> list[Sequence]:
         """Everybody who is here, running or queued."""
         return [*self._running, *self._queue]
+
+    def rows(self) -> list[Sequence]:
+        """Everybody who runs, in the order in which they started. Any thread may ask."""
+        return list(self._running)
 
     def add(self, sequence: Sequence) -> None:
         """Queues ``sequence``. Raises ValueError when it could never start, however empty the batch is."""
@@ -232,19 +278,35 @@ class Scheduler:
         sequence.state = State.QUEUED
         self.counters.enter(sequence.agent)
         self._queue.push(sequence)
+        if sequence.deadline is not None:
+            self._arrivals += 1
+            heapq.heappush(self._deadlines, (sequence.deadline, self._arrivals, sequence))
+            if len(self._deadlines) > 2 * len(self._queue) + _STALE:
+                self._deadlines = [entry for entry in self._deadlines if entry[2].state is State.QUEUED]
+                heapq.heapify(self._deadlines)
+
+    def expired(self, now: float) -> list[Sequence]:
+        """Those whose deadline has passed before they ever started. They stay until they are removed."""
+        late: list[Sequence] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            sequence = heapq.heappop(self._deadlines)[2]
+            if sequence.state is State.QUEUED and sequence.started_at is None:
+                late.append(sequence)
+        return late
 
     def start(self, now: float) -> list[Sequence]:
         """Starts whoever may start now, in order, and returns them."""
         started: list[Sequence] = []
-        while len(self._running) < self.max_rows:
+        while len(self._running) < self.limit:
             sequence = self._queue.peek()
             if sequence is None or not self._fits(sequence):
                 break
             self._queue.remove(sequence)
             self._running[sequence] = None
-            self.counters.charge_input(sequence.agent, len(sequence.prompt))
             sequence.state = State.RUNNING
-            sequence.started_at = now
+            if sequence.started_at is None:  # else it has paid
+                self.counters.charge_input(sequence.agent, len(sequence.prompt) / sequence.weight)
+                sequence.started_at = now
             started.append(sequence)
         return started
 
@@ -253,7 +315,10 @@ class Scheduler:
         sequence.output.append(token)
         if sequence.first_token_at is None:
             sequence.first_token_at = now
-        self.counters.charge_output(sequence.agent)
+            if sequence.cached:
+                self.counters.pay_back(sequence.agent, (1 - _CACHED_SHARE) * sequence.cached / sequence.weight)
+        sequence.last_token_at = now
+        self.counters.charge_output(sequence.agent, 1 / sequence.weight)
 
     def remove(self, sequence: Sequence) -> bool:
         """Takes ``sequence`` out, finished or cancelled, wherever it is. False when it is not here (any more)."""
@@ -264,6 +329,28 @@ class Scheduler:
         sequence.state = State.FINISHED
         self.counters.leave(sequence.agent)
         return True
+
+    # -- when memory runs out -----------------------------------------------------------------------------------------
+
+    def halve(self) -> None:
+        """From now on only half as many as are running may run, and at least one."""
+        self.limit = max(1, len(self._running) // 2)
+        self._full_steps = 0
+
+    def requeue(self, sequence: Sequence) -> None:
+        """Queues a running sequence again, before all others of its agent and priority; what it has, it keeps."""
+        del self._running[sequence]
+        sequence.state = State.QUEUED
+        sequence.requeued += 1
+        self._queue.push(sequence, first=True)
+
+    def went_well(self) -> None:
+        """Notes a step without trouble: after enough of them, with as many rows as may run, there may be one more."""
+        if self.limit < self.max_rows and len(self._running) >= self.limit:
+            self._full_steps += 1
+            if self._full_steps >= _GROW_AFTER:
+                self._full_steps = 0
+                self.limit += 1
 
     def _fits(self, sequence: Sequence) -> bool:
         if self.max_tokens is None:

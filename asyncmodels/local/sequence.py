@@ -109,7 +109,7 @@ def _check(request: Request) -> None:
 
 
 class State(Enum):
-    """Where a sequence is. It only ever moves forward, and FINISHED can follow any state."""
+    """Where a sequence is. RUNNING becomes QUEUED again where memory runs out; FINISHED can follow any state."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -131,10 +131,17 @@ class Sequence:
     cache_salt: str | None = None
     """Sequences share cached prefixes with those of the same salt alone."""
     agent: str | None = None
+    weight: float = 1.0
+    """How much of the engine its agent may have, beside an agent of weight 1."""
     priority: int = 0
     queued_at: float = 0.0
+    deadline: float | None = None
+    """When nobody waits for it any more."""
     started_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float | None = None
+    requeued: int = 0
+    """How often it was taken out of the batch because memory ran out."""
     state: State = State.QUEUED
     output: list[int] = field(default_factory=list, repr=False)
     cached: int | None = None
@@ -144,6 +151,11 @@ class Sequence:
     def reserved(self) -> int:
         """How many tokens of KV memory the sequence may come to need."""
         return len(self.prompt) + self.max_tokens
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """All tokens so far: where a sequence that was queued again goes on."""
+        return (*self.prompt, *self.output) if self.output else self.prompt
 
     @property
     def length(self) -> int:

@@ -45,15 +45,16 @@ _WORTH_WAITING = 64
 
 @dataclass(slots=True, eq=False)
 class _Prefill:
-    """A sequence whose prompt is not all in the cache yet."""
+    """A sequence whose prompt is not all in the cache yet, nor what it said before it was queued again."""
 
     sequence: Sequence
+    tokens: tuple[int, ...]
     done: int = 0
     cache: BatchCache | None = None
 
     @property
     def rest(self) -> int:
-        return len(self.sequence.prompt) - self.done
+        return len(self.tokens) - self.done
 
 
 _Ready: TypeAlias = tuple[_Prefill, Found[Segment]]
@@ -66,6 +67,8 @@ class TransformersRunner(Runner):
     ``prefill_tokens`` bounds the prefill of one step; None chooses by the device. ``prefix_cache_bytes`` bounds what is
     kept for prompts that begin like earlier ones; None takes a tenth of the free memory, 0 keeps nothing.
     """
+
+    resumes = True
 
     def __init__(
         self,
@@ -107,6 +110,8 @@ class TransformersRunner(Runner):
         with torch.inference_mode(), weights.lock:
             token_bytes, vocabulary = self._try_out()
         free = _free_memory(self._device)
+        if self.kv_memory is not None:
+            free = min(free, self.kv_memory)
         wanted = free * _PREFIX_SHARE if self._prefix_cache_bytes is None else self._prefix_cache_bytes
         capacity = int(min(wanted, free / 2) / token_bytes) if reusable(model.config) else 0
         if capacity:
@@ -123,6 +128,7 @@ class TransformersRunner(Runner):
             max_tokens=max(1, int((free - capacity * token_bytes) * _MEMORY_SHARE / token_bytes)),
             padded=True,
             compile_grammar=compiler.compile,
+            weight_bytes=_bytes_of(model),
             device=str(self._device),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -165,7 +171,7 @@ class TransformersRunner(Runner):
     # -- the batch ----------------------------------------------------------------------------------------------------
 
     def insert(self, sequences: Iterable[Sequence], /) -> None:
-        self._pending.extend(map(_Prefill, sequences))
+        self._pending.extend(_Prefill(sequence, sequence.text) for sequence in sequences)
 
     def remove(self, sequences: Iterable[Sequence], /) -> None:
         leaving = set(sequences)
@@ -253,7 +259,7 @@ class TransformersRunner(Runner):
                 or not any(
                     (ahead.done < goal if ahead.done else ahead.rest - known.length <= budget or not short)
                     and ahead.sequence.cache_salt == item.sequence.cache_salt
-                    and begin_alike(ahead.sequence.prompt, item.sequence.prompt, goal)
+                    and begin_alike(ahead.tokens, item.tokens, goal)
                     for ahead, known in ready
                 )
             ):
@@ -266,7 +272,7 @@ class TransformersRunner(Runner):
         All are worked off over the same last columns, so who has less left to do does some of what is known again.
         """
         rows = [item.sequence for item, _ in items]
-        prompts = [row.prompt for row in rows]
+        prompts = [item.tokens for item, _ in items]
         count = max(item.rest - found.length for item, found in items)
         known = [max(0, len(prompt) - count) for prompt in prompts]
         width = max(known) + count
@@ -286,7 +292,7 @@ class TransformersRunner(Runner):
         if self._prefixes is not None:
             for index, row in enumerate(rows):
                 self._prefixes.used(row, known[index])
-                self._prefixes.remember(row, row.prompt, cache, index)
+                self._prefixes.remember(row, prompts[index], cache, index)
         self._join(rows, cache)
         return outputs
 
@@ -299,14 +305,14 @@ class TransformersRunner(Runner):
                 item.cache = self._begin([found], [found.length])
                 if self._prefixes is not None:
                     self._prefixes.used(sequence, found.length)
-            ids = torch.tensor([sequence.prompt[start:end]], device=self._device)
+            ids = torch.tensor([item.tokens[start:end]], device=self._device)
             positions = torch.arange(start, end, device=self._device)[None]
-            masks = None if end < len(sequence.prompt) else self._masks([sequence])
+            masks = None if end < len(item.tokens) else self._masks([sequence])
             logits = self._forward(ids, item.cache, positions)
             item.done = end
             self._prefilled += count
             if self._prefixes is not None:
-                self._prefixes.remember(sequence, sequence.prompt[:end], item.cache, 0)
+                self._prefixes.remember(sequence, item.tokens[:end], item.cache, 0)
             if item.rest:
                 return []
             outputs = self._sample(logits, [sequence], masks)
@@ -365,6 +371,11 @@ class TransformersRunner(Runner):
             return None
         own = torch.arange(columns)[None] >= torch.tensor(pads)[:, None]
         return own.long().to(self._device)
+
+
+def _bytes_of(model: Any) -> int:
+    """What the weights take; those that several layers share are counted once."""
+    return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
 
 
 def _cached(sequence: Sequence) -> int:

@@ -9,26 +9,44 @@ from __future__ import annotations
 import atexit
 import queue
 import threading
+import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from asyncmodels.clock import Clock
-from asyncmodels.errors import AsyncModelsError, ClosedError, EngineDeadError, EngineError, ModelLoadError
+from asyncmodels.errors import (
+    AsyncModelsError,
+    CallTimeoutError,
+    ClosedError,
+    EngineDeadError,
+    EngineError,
+    ModelLoadError,
+)
+from asyncmodels.local.host import Place
 from asyncmodels.local.job import Job
 from asyncmodels.local.notation import Keys
+from asyncmodels.local.out_of_memory import out_of_memory
 from asyncmodels.local.prompt import PromptEncoder
 from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerFactory, RunnerInfo, RunnerLostError
 from asyncmodels.local.scheduler import Scheduler
-from asyncmodels.local.sequence import Sequence
+from asyncmodels.local.sequence import Sequence, State
 from asyncmodels.local.signals import OneShot, Outbox
+from asyncmodels.local.tally import Tally
+from asyncmodels.local.watch import StepWatch
 from asyncmodels.types import Delta, FinishReason, Timing, Usage, evolve
 
-__all__ = ["Ready", "Tally", "Worker", "WorkerSettings"]
+__all__ = ["Ready", "Worker", "WorkerSettings", "restart_pause"]
 
 _EXIT_PATIENCE = 5.0
 """Seconds that the interpreter's exit waits for a step to end."""
+_FIRST_PAUSE = 0.25
+"""Seconds before the second restart in a row; the first is at once, and each further one waits twice as long."""
+_LONGEST_PAUSE = 30.0
+_MOST_REQUEUES = 8
+"""How often a request may be taken out of the batch, because memory runs out, until it fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +58,12 @@ class WorkerSettings:
     max_rows: int
     max_tokens: int | None
     max_restarts: int
+    stuck_after: float | None
     template_kwargs: Mapping[str, Any]
     keys: Keys
     clock: Clock
+    place: Place | None = None
+    """Where the device is shared with other engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +81,13 @@ class Ready:
         return self.info.context_length if memory is None else min(self.info.context_length, memory)
 
 
-@dataclass(slots=True)
-class Tally:
-    """What an engine has done so far, over all of its workers. Only owner threads write to it."""
+@runtime_checkable
+class Restarts(Protocol):
+    """A sequence's way through its grammar that can be gone again."""
 
-    steps: int = 0
-    row_steps: int = 0
-    tokens: int = 0
-    finished: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    restarts: int = 0
-    restarts_in_a_row: int = 0
+    def restart(self, tokens: Iterable[int], /) -> None:
+        """Begins anew, and goes as far as ``tokens``."""
+        ...
 
 
 class _Close:
@@ -94,26 +110,31 @@ class Worker:
     after a close.
     """
 
-    def __init__(self, factory: RunnerFactory, settings: WorkerSettings, tally: Tally) -> None:
+    def __init__(self, factory: RunnerFactory, settings: WorkerSettings, tally: Tally, *, pause: float = 0.0) -> None:
         self.ready: OneShot[Ready] = OneShot()
         self.ended: OneShot[BaseException | None] = OneShot()
         self.settings = settings
         self.tally = tally
         self._factory = factory
+        self._pause = pause
+        self._turns: AbstractContextManager[None] = nullcontext() if settings.place is None else settings.place.turns
         self._inbox: queue.SimpleQueue[Job | _Cancel | _Close] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._listening = True
-        self._closing = False
+        self._closing = threading.Event()
         self._runner: Runner | None = None
         self._jobs: dict[Sequence, Job] = {}
         self._loops: Counter[Any] = Counter()
         self._outbox = Outbox()
+        self._watch = StepWatch(settings.name, settings.stuck_after, settings.clock, self._activity)
         self._thread = threading.Thread(target=self._run, name=f"asyncmodels-{settings.name}", daemon=True)
 
     # -- from any thread ----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
         atexit.register(self._at_exit)
+        if self.settings.place is not None:
+            self.settings.place.resident.started()
         self._thread.start()
 
     @property
@@ -130,7 +151,7 @@ class Worker:
 
     def close(self) -> None:
         """Has the thread end after its present step: every request that it has fails with a ClosedError."""
-        self._closing = True
+        self._closing.set()
         if not self.ready.done:
             self.ready.fail(_closed())
         self._put(_Close())
@@ -139,6 +160,10 @@ class Worker:
         """What the runtime counts by itself; nothing before it is loaded."""
         runner = self._runner
         return runner.statistics() if runner is not None and self.ready.value is not None else {}
+
+    def stuck_for(self) -> float | None:
+        """How long the present step has lasted, if it is stuck."""
+        return self._watch.stuck_for()
 
     def join(self) -> None:
         """Waits for the end of the thread, which is at hand once ``ended`` has come."""
@@ -164,17 +189,26 @@ class Worker:
         runner: Runner | None = None
         ready: Ready | None = None
         try:
+            if self._closing.wait(self._pause):
+                return
             self._runner = runner = self._factory()
-            ready = self._load(runner)
+            with self._turns:
+                ready = self._load(runner)
+            self._watch.start()
             self._serve(runner, ready)
         except BaseException as error:  # even a SystemExit: those who wait must hear of it
             reason = error
         finally:
+            self._watch.stop()
             self._end(reason, runner, ready)
 
     def _load(self, runner: Runner) -> Ready:
-        info = runner.load()
         settings = self.settings
+        if settings.place is not None:
+            settings.place.prepare(runner)
+        info = runner.load()
+        if settings.place is not None:
+            settings.place.loaded(info)
         max_tokens = info.max_tokens if settings.max_tokens is None else settings.max_tokens
         max_rows = settings.max_rows if info.max_rows is None else min(settings.max_rows, info.max_rows)
         scheduler = Scheduler(max_rows=max_rows, max_tokens=max_tokens, padded=info.padded)
@@ -195,29 +229,43 @@ class Worker:
         while True:
             self._outbox.flush()
             leaving = self._read_inbox(scheduler, sleep=not runner.waits)
-            if self._closing:
+            if self._closing.is_set():
                 return
             leaving += self._sweep_closed_loops(scheduler)
-            if leaving:
-                runner.remove(leaving)
-            started = scheduler.start(self.settings.clock.time())
-            if started:
-                self._start(started, runner, ready)
-            if not scheduler.running and not runner.waits:
-                continue
-            self._outbox.flush()  # a step may wait
-            try:
-                outputs = runner.step()
-            except RunnerLostError:
-                raise
-            except Exception as error:
-                self._survive(error, runner, scheduler)
-                continue
-            if scheduler.running and (outputs or not runner.waits):
-                self._tally_step(scheduler)
-            done = self._take(outputs, ready)
-            if done:
-                runner.remove(done)
+            self._expire(scheduler)
+            if leaving or scheduler.running or scheduler.queued or runner.waits:
+                self._outbox.flush()  # a turn may be long in coming
+                with self._turns:
+                    self._round(leaving, runner, ready)
+
+    def _round(self, leaving: list[Sequence], runner: Runner, ready: Ready) -> None:
+        """One step, with those who leave before it, those who join it, and what came of it."""
+        scheduler = ready.scheduler
+        if leaving:
+            runner.remove(leaving)
+        started = scheduler.start(self.settings.clock.time())
+        if started:
+            self._start(started, runner, ready)
+        if scheduler.running:
+            self._watch.began()
+        elif not runner.waits:
+            return
+        self._outbox.flush()  # a step may wait
+        try:
+            outputs = runner.step()
+        except RunnerLostError:
+            raise
+        except Exception as error:
+            self._watch.ended()
+            self._survive(error, runner, scheduler)
+            return
+        if outputs or not runner.waits or not scheduler.running:
+            self._watch.ended()
+        if scheduler.running and (outputs or not runner.waits):
+            self.tally.step(scheduler.running)
+        done = self._take(outputs, runner, ready)
+        if done:
+            runner.remove(done)
 
     def _read_inbox(self, scheduler: Scheduler, *, sleep: bool) -> list[Sequence]:
         """Works off the inbox, with ``sleep`` waiting when there is nothing to do. Returns rows that were cancelled."""
@@ -245,27 +293,34 @@ class Worker:
                 leaving += self._drop(sequence, scheduler)
         return leaving
 
+    def _expire(self, scheduler: Scheduler) -> None:
+        for sequence in scheduler.expired(self.settings.clock.time()):
+            self.tally.expired += 1
+            error = CallTimeoutError("The call's timeout ran out in the engine's queue.")
+            self._fail(self._jobs[sequence], error, scheduler)
+
     def _start(self, started: list[Sequence], runner: Runner, ready: Ready) -> None:
         for sequence in started:
             job = self._jobs[sequence]
             job.ticket.release(self._outbox.post)
-            special = job.parser is not None and job.parser.special_tokens
-            job.detokenizer = ready.info.detokenizer(special_tokens=special)
+            if job.detokenizer is None:
+                special = job.parser is not None and job.parser.special_tokens
+                job.detokenizer = ready.info.detokenizer(special_tokens=special)
         runner.insert(started)
-
-    def _tally_step(self, scheduler: Scheduler) -> None:
-        self.tally.steps += 1
-        self.tally.row_steps += scheduler.running
 
     # -- results ------------------------------------------------------------------------------------------------------
 
-    def _take(self, outputs: list[Output], ready: Ready) -> list[Sequence]:
-        """Hands out what a step brought. Returns the sequences that are done."""
+    def _take(self, outputs: list[Output], runner: Runner, ready: Ready) -> list[Sequence]:
+        """Hands out what a step brought. Returns the sequences that the runner must forget."""
         now = self.settings.clock.time()
         done: list[Sequence] = []
+        starved: dict[Sequence, Exception] = {}
         for output in outputs:
             job = self._jobs.get(output.sequence)
             if job is None:
+                continue
+            if isinstance(output, Failed) and out_of_memory(output.error):
+                starved[output.sequence] = output.error
                 continue
             try:
                 ended = self._take_one(output, job, ready, now)
@@ -274,7 +329,11 @@ class Worker:
                 ended = True
             if ended:
                 done.append(output.sequence)
-        return done
+        if starved:
+            self._put_back(starved, runner, ready.scheduler)
+        else:
+            ready.scheduler.went_well()
+        return [*done, *starved]
 
     def _take_one(self, output: Output, job: Job, ready: Ready, now: float) -> bool:
         if isinstance(output, Failed):
@@ -283,8 +342,8 @@ class Worker:
         if isinstance(output, Ended):
             self._finish(job, job.end(output.reason), ready.scheduler, now)
             return True
+        self.tally.token(output.sequence, now)
         ready.scheduler.token(output.sequence, output.token, now)
-        self.tally.tokens += 1
         reason = job.take(output, ready.info.eos_token_ids, lambda token: ready.info.tokenizer.decode([token]))
         if reason is None:
             delta = job.drain() if job.streaming else None
@@ -321,11 +380,11 @@ class Worker:
     def _drop(self, sequence: Sequence, scheduler: Scheduler | None) -> list[Sequence]:
         """Forgets a sequence. Returns it in a list when the runner has it and must forget it, too."""
         job = self._jobs.pop(sequence)
-        job.ticket.release(self._outbox.post)
+        job.ticket.end(self._outbox.post)
         self._loops[job.handle.loop] -= 1
         if not self._loops[job.handle.loop]:
             del self._loops[job.handle.loop]
-        was_running = sequence.started_at is not None
+        was_running = sequence.state is State.RUNNING
         if scheduler is not None:
             scheduler.remove(sequence)
         return [sequence] if was_running else []
@@ -333,14 +392,41 @@ class Worker:
     # -- disasters ----------------------------------------------------------------------------------------------------
 
     def _survive(self, cause: Exception, runner: Runner, scheduler: Scheduler) -> None:
-        """Fails everybody after a step has raised, and makes the runner usable again; raises when that is over."""
+        """Makes the runner usable again after a step has raised; raises when that is over.
+
+        Where memory ran out half of the batch goes on, and the others later. Else everybody fails.
+        """
+        traceback.clear_frames(cause.__traceback__)  # the tensors of the step hang on them
+        if scheduler.running and out_of_memory(cause):
+            runner.reset()
+            self._put_back(dict.fromkeys(scheduler.rows(), cause), runner, scheduler)
+            return
         self._fail_all(lambda: _dead(cause), scheduler)
         self._outbox.flush()
         if self.tally.restarts_in_a_row >= self.settings.max_restarts:
             raise cause
+        self._closing.wait(restart_pause(self.tally.restarts_in_a_row))
         self.tally.restarts += 1
         self.tally.restarts_in_a_row += 1
         runner.reset()
+
+    def _put_back(self, starved: Mapping[Sequence, Exception], runner: Runner, scheduler: Scheduler) -> None:
+        """Queues rows again for which there was no memory, with fewer rows from now on. Who has had enough fails."""
+        alone = scheduler.running == 1
+        self.tally.halvings += 1
+        scheduler.halve()
+        for sequence, cause in reversed(list(starved.items())):
+            hopeless = sequence.requeued >= (1 if alone else _MOST_REQUEUES)
+            if hopeless or (sequence.output and not runner.resumes):
+                self._fail(self._jobs[sequence], _starved(cause), scheduler)
+                continue
+            try:
+                if isinstance(sequence.constraint, Restarts):
+                    sequence.constraint.restart(sequence.output)
+            except Exception as error:
+                self._fail(self._jobs[sequence], _row_error(error), scheduler)
+            else:
+                scheduler.requeue(sequence)
 
     def _fail_all(self, make: Callable[[], Exception], scheduler: Scheduler | None) -> None:
         for job in list(self._jobs.values()):
@@ -349,6 +435,8 @@ class Worker:
     def _end(self, reason: BaseException | None, runner: Runner | None, ready: Ready | None) -> None:
         with self._lock:
             self._listening = False
+        if reason is not None:
+            traceback.clear_frames(reason.__traceback__)  # they hold the model
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, Job):
@@ -361,14 +449,36 @@ class Worker:
         self._outbox.flush()
         if runner is not None:
             try:
-                runner.close()
+                with self._turns:
+                    runner.close()
             except Exception as error:
                 reason = reason or error
+        self._runner = runner = None  # whoever keeps this worker does not keep the model
         atexit.unregister(self._at_exit)
         # Whoever hears that loading failed may come again at once, and must find a worker that has ended.
         self.ended.set(reason)
         if not self.ready.done:
             self.ready.fail(_load_error(self.settings.model_id, reason))
+        if self.settings.place is not None:
+            self.settings.place.resident.gone()
+
+    # -- what the watch says ------------------------------------------------------------------------------------------
+
+    def _activity(self) -> str:
+        """What the thread is doing, for a report from another one."""
+        ready = self.ready.value
+        rows = ready.scheduler.rows() if ready is not None else []
+        fresh = sum(not row.output for row in rows)
+        longest = max((row.length for row in rows), default=0)
+        queued = ready.scheduler.queued if ready is not None else 0
+        return (
+            f"{len(rows)} rows, {fresh} of them without a token yet, up to {longest} tokens long, and {queued} queued"
+        )
+
+
+def restart_pause(restarts: int) -> float:
+    """How many seconds to wait before one more restart, after so many in a row."""
+    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (restarts - 1)) if restarts else 0.0
 
 
 def _closed() -> ClosedError:
@@ -379,6 +489,16 @@ def _dead(cause: BaseException) -> EngineDeadError:
     error = EngineDeadError(f"The engine died while the request was with it ({type(cause).__name__}: {cause}).")
     error.__cause__ = cause
     return error
+
+
+def _starved(cause: Exception) -> EngineError:
+    error = EngineError(f"There is not enough memory for the request ({type(cause).__name__}: {_line(cause)}).")
+    error.__cause__ = cause
+    return error
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _row_error(cause: Exception) -> Exception:

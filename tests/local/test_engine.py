@@ -438,7 +438,7 @@ def failing(times: int) -> Callable[[list[Sequence]], None]:
 
     def before_step(_: list[Sequence]) -> None:
         if next(left, None) is not None:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("broken kernel")
 
     return before_step
 
@@ -449,7 +449,7 @@ async def test_a_step_that_raises(start: Start, scripted: Any, ask: Ask) -> None
 
     def before_step(_: list[Sequence]) -> None:
         if next(steps) == 1:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("broken kernel")
 
     runner = scripted(before_step=before_step)
     runner.go.clear()
@@ -462,7 +462,7 @@ async def test_a_step_that_raises(start: Start, scripted: Any, ask: Ask) -> None
     for error in dead:
         assert isinstance(error, EngineDeadError)
         assert isinstance(error.__cause__, RuntimeError)
-        assert "out of memory" in str(error)
+        assert "broken kernel" in str(error)
     await assert_idle(engine, ask)
     assert runner.resets == 1
 
@@ -472,7 +472,7 @@ async def test_restarts_are_bounded(start: Start, scripted: Any, ask: Ask) -> No
     runner = scripted(before_step=failing(1000))
     engine = start(runner, max_restarts=2)
     for _ in range(3):
-        with pytest.raises(EngineDeadError, match="out of memory"):
+        with pytest.raises(EngineDeadError, match="broken kernel"):
             await answer(engine, ask())
     for _ in range(3):
         with pytest.raises(EngineDeadError, match="not restarted any more"):
@@ -505,7 +505,7 @@ async def test_a_thread_that_dies_is_replaced(start: Start, scripted: Any, ask: 
 
     first, second = Unresettable(before_step=failing(1)), scripted()
     engine = start(first, second)
-    with pytest.raises(EngineDeadError, match="out of memory"):
+    with pytest.raises(EngineDeadError, match="broken kernel"):
         await answer(engine, ask())
     assert (await answer(engine, ask(max_tokens=2))).content == "ab"
     assert first.closed == 1

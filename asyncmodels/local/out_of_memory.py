@@ -1,0 +1,19 @@
+"""Whether an error says that memory ran out, whatever runtime it comes from."""
+
+from __future__ import annotations
+
+__all__ = ["out_of_memory"]
+
+_WORDS = (
+    "out of memory",  # torch on CUDA, MPS and XPU
+    "can't allocate memory",  # torch on a CPU
+    "unable to allocate",  # MLX
+    "insufficient memory",  # Metal
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for MemoryError, torch's OutOfMemoryError, and the RuntimeErrors by which runtimes say the same."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
