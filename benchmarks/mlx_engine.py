@@ -129,7 +129,7 @@ def with_generator(model: Any, tokenizer: Any, texts: list[str], tokens: int) ->
 
 
 async def measure(options: argparse.Namespace, path: str) -> dict[str, Any]:
-    backend = MLXBackend(path, max_batch_size=options.requests, prompt_cache_bytes=options.prompt_cache_bytes)
+    backend = MLXBackend(path, max_batch_size=options.requests, prefix_cache_bytes=options.prefix_cache_bytes)
     await backend.load()
     model, tokenizer, *_ = mlx_lm.load(path)
     await with_engine(backend, prompts(options.requests), 2)

@@ -25,6 +25,7 @@ from asyncmodels.local.folder import model_source
 from asyncmodels.request import Parameters
 
 if TYPE_CHECKING:
+    from asyncmodels.local.host import EngineHost
     from asyncmodels.local.runner import Runner
 
 __all__ = ["MLXBackend", "MLXModel"]
@@ -53,7 +54,7 @@ class MLXBackend(EngineBackend):
         load_kwargs: Mapping[str, Any] | None = None,
         apply_chat_template_kwargs: Mapping[str, Any] | None = None,
         prefill_step_size: int = 512,
-        prompt_cache_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         check_model(model_id)
@@ -64,11 +65,11 @@ class MLXBackend(EngineBackend):
         if taken:
             raise ConfigurationError(f"load_kwargs cannot set {', '.join(taken)}: that is the engine's own.")
         check_whole("prefill_step_size", prefill_step_size)
-        check_whole("prompt_cache_bytes", prompt_cache_bytes, least=0, optional=True)
+        check_whole("prefix_cache_bytes", prefix_cache_bytes, least=0, optional=True)
         factory = _factory(
             model_id,
             {"trust_remote_code": trust_remote_code, "load_kwargs": dict(load_kwargs or {})},
-            {"prefill_step_size": prefill_step_size, "prompt_cache_bytes": prompt_cache_bytes},
+            {"prefill_step_size": prefill_step_size, "prefix_cache_bytes": prefix_cache_bytes},
         )
         super().__init__(factory, model_id=model_id, apply_chat_template_kwargs=apply_chat_template_kwargs, **options)
 
@@ -106,7 +107,7 @@ class MLXModel(LocalModel):
     time, in the order of the queue; ``statistics()`` shows that as a ``max_batch_size`` of 1. ``max_queued`` more are
     queued (about ``max_queued_tokens`` tokens of prompts); the rest waits, or with ``when_full="raise"`` gets a
     QueueFullError. A prompt is worked off ``prefill_step_size`` tokens at a time, between two tokens of those who
-    decode. At most ``prompt_cache_bytes`` of keys and values (None: a tenth of the free memory, 0: none) stay for
+    decode. At most ``prefix_cache_bytes`` of keys and values (None: a tenth of the free memory, 0: none) stay for
     prompts that begin like an earlier one or continue its answer; ``usage.cached_tokens`` says how much that saved.
     With ``isolate_agents`` an agent finds only what it said itself, and ``extra["cache_salt"]`` divides it by any word.
     After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
@@ -138,9 +139,12 @@ class MLXModel(LocalModel):
         max_queued_tokens: int | None = None,
         when_full: Literal["wait", "raise"] = "wait",
         prefill_step_size: int = 512,
-        prompt_cache_bytes: int | None = None,
+        prefix_cache_bytes: int | None = None,
         isolate_agents: bool = False,
         max_restarts: int = 3,
+        stuck_after: float | None = 60.0,
+        agent_weights: Mapping[str, float] | Callable[[str | None], float] | None = None,
+        host: EngineHost | None = None,
         policies: tuple[Callable[[Backend], Backend], ...] = (),
         **defaults: Unpack[Parameters],
     ) -> None:
@@ -152,7 +156,7 @@ class MLXModel(LocalModel):
             load_kwargs=load_kwargs,
             apply_chat_template_kwargs=apply_chat_template_kwargs,
             prefill_step_size=prefill_step_size,
-            prompt_cache_bytes=prompt_cache_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
             max_new_tokens=max_new_tokens,
             max_batch_size=max_batch_size,
             max_batch_tokens=max_batch_tokens,
@@ -161,5 +165,8 @@ class MLXModel(LocalModel):
             when_full=when_full,
             isolate_agents=isolate_agents,
             max_restarts=max_restarts,
+            stuck_after=stuck_after,
+            agent_weights=agent_weights,
+            host=host,
         )
         super().__init__(backend, *policies, **defaults)

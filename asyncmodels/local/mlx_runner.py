@@ -65,14 +65,14 @@ class _Row:
 class MLXRunner(Runner):
     """Runs one MLX model.
 
-    A prompt is worked off ``prefill_step_size`` tokens at a time. At most ``prompt_cache_bytes`` of keys and values are
+    A prompt is worked off ``prefill_step_size`` tokens at a time. At most ``prefix_cache_bytes`` of keys and values are
     kept for prompts that begin like earlier ones; None takes a tenth of the free memory, 0 keeps nothing.
     """
 
-    def __init__(self, spec: MLXSpec, *, prefill_step_size: int = 512, prompt_cache_bytes: int | None = None) -> None:
+    def __init__(self, spec: MLXSpec, *, prefill_step_size: int = 512, prefix_cache_bytes: int | None = None) -> None:
         self._spec = spec
         self._prefill_step_size = prefill_step_size
-        self._prompt_cache_bytes = prompt_cache_bytes
+        self._prefix_cache_bytes = prefix_cache_bytes
         self._weights: MLXWeights | None = None
         self._store: PrefixStore | None = None
         self._generator: Any = None
@@ -92,7 +92,7 @@ class MLXRunner(Runner):
         tokenizer = weights.tokenizer
         self._fallback = min(weights.eos_token_ids, default=0)
         free = free_memory()
-        wanted = free * _PREFIX_SHARE if self._prompt_cache_bytes is None else self._prompt_cache_bytes
+        wanted = free * _PREFIX_SHARE if self._prefix_cache_bytes is None else self._prefix_cache_bytes
         stored = int(min(wanted, free * _MOST_PREFIX_SHARE))
         self._store = PrefixStore(stored) if stored else None
         bytes_per_token, width = weights.try_out()

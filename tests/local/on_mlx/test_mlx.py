@@ -158,7 +158,7 @@ async def test_a_conversation_is_not_worked_off_twice(model: MLXModel) -> None:
     second = await model.generate(messages)
     assert second.usage is not None
     assert (second.usage.cached_tokens or 0) >= first.usage.input_tokens - 2
-    async with MLXModel(model.backend.model_id, trust_remote_code=True, prompt_cache_bytes=0) as without:  # type: ignore[attr-defined]
+    async with MLXModel(model.backend.model_id, trust_remote_code=True, prefix_cache_bytes=0) as without:  # type: ignore[attr-defined]
         response = await without.generate(messages, max_tokens=12)
     assert response.content == second.content
     assert response.usage is not None
@@ -372,7 +372,7 @@ async def test_what_it_cannot_do(tiny_model: Path) -> None:
     ("name", "values"),
     [
         ("prefill_step_size", (0, -3, 2.5, "x", True, None)),
-        ("prompt_cache_bytes", (-1, 2.5, "x", True)),
+        ("prefix_cache_bytes", (-1, 2.5, "x", True)),
         ("trust_remote_code", ("x", 1, None)),
         ("isolate_agents", ("x", 1, None)),
         ("load_kwargs", (3, "x", [1], {1: 2})),

@@ -43,7 +43,7 @@ def test_what_it_says_of_itself(drive: Drive, kind: str) -> None:
 def test_rows_are_what_the_bare_model_says(drive: Drive) -> None:
     """Greedy tokens are those of the bare model, whatever is batched with them, in chunks or whole."""
     for step_size in (512, 16):
-        driver = drive(prefill_step_size=step_size, prompt_cache_bytes=0)
+        driver = drive(prefill_step_size=step_size, prefix_cache_bytes=0)
         sequences = [driver.sequence(prompt, 4 + 2 * index) for index, prompt in enumerate(PROMPTS)]
         driver.run(*sequences)
         for sequence in sequences:
@@ -85,7 +85,7 @@ def test_short_prompts_do_not_wait_for_a_long_one(drive: Drive) -> None:
 
 def test_removed_in_every_phase(drive: Drive) -> None:
     """Queued, in the middle of the prompt, just begun, decoding, done: what is removed leaves nothing behind."""
-    driver = drive(prefill_step_size=8, prompt_cache_bytes=0)
+    driver = drive(prefill_step_size=8, prefix_cache_bytes=0)
     other = driver.sequence("other", 1)
     for steps in (0, 1, 3, 7, 8, 9, 14):
         victims = [driver.sequence("z" * 50, 100) for _ in range(3)]
@@ -314,7 +314,7 @@ def test_salts_keep_apart(drive: Drive) -> None:
 
 def test_without_a_prompt_cache(drive: Drive) -> None:
     """With 0 bytes nothing is kept, and nothing is claimed."""
-    driver = drive(prompt_cache_bytes=0)
+    driver = drive(prefix_cache_bytes=0)
     for _ in range(2):
         sequence = driver.sequence(SYSTEM, 2)
         driver.run(sequence)
@@ -327,7 +327,7 @@ def test_without_a_prompt_cache(drive: Drive) -> None:
 
 def test_seeds_reproduce_in_any_batch(drive: Drive) -> None:
     """A seeded sequence draws the same alone, and among others that are sampled, greedy, or seeded alike."""
-    driver = drive(prompt_cache_bytes=0)
+    driver = drive(prefix_cache_bytes=0)
     seeded: dict[str, Any] = {"temperature": 1.2, "seed": 7}
     alone = driver.sequence("tell me", 16, **seeded)
     driver.run(alone)
@@ -347,7 +347,7 @@ def test_unseeded_rows_differ(drive: Drive) -> None:
     """Rows without a seed draw their own numbers, and runners do not begin with the same ones."""
     texts = set()
     for _ in range(2):
-        driver = drive(prompt_cache_bytes=0)
+        driver = drive(prefix_cache_bytes=0)
         rows = [driver.sequence("tell me", 12, temperature=2.0) for _ in range(3)]
         driver.run(*rows)
         texts |= {tuple(row.output) for row in rows}
