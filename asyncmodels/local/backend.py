@@ -11,6 +11,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.local.engine import Engine, EngineStatistics
+from asyncmodels.local.host import EngineHost
 from asyncmodels.local.prompt import template_fault
 from asyncmodels.local.runner import Runner
 from asyncmodels.model import Model
@@ -30,6 +31,9 @@ class EngineOptions(TypedDict, total=False):
     when_full: Literal["wait", "raise"]
     max_new_tokens: int | None
     max_restarts: int
+    stuck_after: float | None
+    agent_weights: Mapping[str, float] | Callable[[str | None], float] | None
+    host: EngineHost | None
     isolate_agents: bool
     tool_name_key: str
     tool_arguments_key: str

@@ -82,6 +82,10 @@ class MLXWeights:
         floats = [dtype for dtype in dtypes if mx.issubdtype(dtype, mx.floating)]
         return str(max(floats, key=floats.count)).rpartition(".")[2] if floats else ""
 
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for _, array in tree_flatten(self.model.parameters()))
+
     def try_out(self) -> tuple[int, int]:
         """Sends one token through the model: how many bytes of KV memory it takes, and how wide the logits are."""
         cache = make_prompt_cache(self.model)

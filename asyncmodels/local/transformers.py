@@ -24,6 +24,7 @@ from asyncmodels.local.folder import model_source
 from asyncmodels.request import Parameters
 
 if TYPE_CHECKING:
+    from asyncmodels.local.host import EngineHost
     from asyncmodels.local.runner import Runner
 
 __all__ = ["TransformersBackend", "TransformersModel"]
@@ -116,6 +117,12 @@ class TransformersModel(LocalModel):
     those who decode. With ``share_weights`` all models of this process that are loaded the same way, and say so too,
     use the same weights. After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
 
+    ``agent_weights`` gives some agents more of the engine than others where they compete (``{"grader": 2.0}``, or a
+    function of the agent; 1 is everybody's). A request whose ``timeout`` runs out in the queue never starts. A step of
+    more than ``stuck_after`` seconds is reported by a warning (None: never). With a ``host``, an ``EngineHost``, the
+    model is loaded when it has room there, and makes way for others. Where memory runs out the batch is halved, and who
+    was in it goes on later from where he was.
+
     A prompt that begins like one that was here before, or like a whole conversation with its answer, is worked off from
     where it goes its own way; ``usage.cached_tokens`` says how many tokens that saved. Up to ``prefix_cache_bytes`` are
     kept for that on the device, the least recently used go first: None takes a tenth of the memory that is free after
@@ -160,6 +167,9 @@ class TransformersModel(LocalModel):
         prefix_cache_bytes: int | None = None,
         share_weights: bool = False,
         max_restarts: int = 3,
+        stuck_after: float | None = 60.0,
+        agent_weights: Mapping[str, float] | Callable[[str | None], float] | None = None,
+        host: EngineHost | None = None,
         isolate_agents: bool = False,
         tool_name_key: str = "name",
         tool_arguments_key: str = "arguments",
@@ -183,6 +193,9 @@ class TransformersModel(LocalModel):
             prefix_cache_bytes=prefix_cache_bytes,
             share_weights=share_weights,
             max_restarts=max_restarts,
+            stuck_after=stuck_after,
+            agent_weights=agent_weights,
+            host=host,
             isolate_agents=isolate_agents,
             tool_name_key=tool_name_key,
             tool_arguments_key=tool_arguments_key,

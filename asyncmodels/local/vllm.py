@@ -21,6 +21,7 @@ from asyncmodels.local.vllm_watch import STARTER
 from asyncmodels.request import Parameters
 
 if TYPE_CHECKING:
+    from asyncmodels.local.host import EngineHost
     from asyncmodels.local.runner import Runner
 
 __all__ = ["VLLMBackend", "VLLMModel"]
@@ -142,6 +143,12 @@ class VLLMModel(LocalModel):
     ``max_tokens``. An engine that dies fails the requests that it has (EngineDeadError), and the next request starts
     another, ``max_restarts`` times in a row.
 
+    ``agent_weights`` gives some agents more of the engine than others where they compete (``{"grader": 2.0}``, or a
+    function of the agent; 1 is everybody's). A request whose ``timeout`` runs out in the queue never starts. A step of
+    more than ``stuck_after`` seconds is reported by a warning (None: never). With a ``host``, an ``EngineHost``, the
+    model is loaded when it has room there, and makes way for others. vLLM needs
+    ``EngineHost(parallel=True)``, and its share of the memory is the ``gpu_memory_utilization`` of ``model_kwargs``.
+
     ``temperature`` goes up to 2, and from 0 to 0.01 it is 0.01. ``usage.cached_tokens`` says what vLLM's prefix cache
     knew. ``extra`` takes ``ignore_eos`` and ``chat_template_kwargs``.
     """
@@ -159,6 +166,9 @@ class VLLMModel(LocalModel):
         when_full: Literal["wait", "raise"] = "wait",
         max_new_tokens: int | None = 4096,
         max_restarts: int = 3,
+        stuck_after: float | None = 60.0,
+        agent_weights: Mapping[str, float] | Callable[[str | None], float] | None = None,
+        host: EngineHost | None = None,
         policies: tuple[Callable[[Backend], Backend], ...] = (),
         **defaults: Unpack[Parameters],
     ) -> None:
@@ -173,5 +183,8 @@ class VLLMModel(LocalModel):
             when_full=when_full,
             max_new_tokens=max_new_tokens,
             max_restarts=max_restarts,
+            stuck_after=stuck_after,
+            agent_weights=agent_weights,
+            host=host,
         )
         super().__init__(backend, *policies, **defaults)
