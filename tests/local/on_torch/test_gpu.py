@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from asyncmodels.local.transformers import TransformersModel
-from asyncmodels.types import Response
+from asyncmodels.types import Choice, JSONSchema, Regex, Response
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,8 +21,15 @@ DEVICE = "cuda"
 PROMPTS = ["a", "hello there", "what is it? " * 10, "tell me", "x" * 60, "four", "the end of the world " * 5]
 
 
-def make(folder: Path, device: str = DEVICE) -> TransformersModel:
-    return TransformersModel(str(folder), device, "float32", max_batch_size=4, prefill_tokens=40)
+def make(folder: Path, device: str = DEVICE, prefix_cache_bytes: int | None = None) -> TransformersModel:
+    return TransformersModel(
+        str(folder),
+        device,
+        "float32",
+        max_batch_size=4,
+        prefill_tokens=40,
+        prefix_cache_bytes=prefix_cache_bytes,
+    )
 
 
 async def ask_all(model: TransformersModel, temperature: float) -> list[Response]:
@@ -71,3 +79,72 @@ async def test_cancelled_calls_leave_the_batch(tiny_model: Path) -> None:
         await model.generate("x", max_tokens=1)
         counted = model.backend.statistics()  # type: ignore[attr-defined]  # of the backend inside
     assert (counted.waiting, counted.running, counted.kv_tokens, counted.failed) == (0, 0, 0, 0)
+
+
+async def test_agents_that_share_a_system_prompt(tiny_model: Path) -> None:
+    """With the prefix cache agents say what they say without it, and the conversation goes on from where it was."""
+    system = {"role": "system", "content": "You are a patient agent, and you like words of few letters. " * 2}
+
+    def say(index: int) -> list[dict[str, str]]:
+        return [system, {"role": "user", "content": f"agent {index}"}]
+
+    async with make(tiny_model) as model, make(tiny_model, prefix_cache_bytes=0) as plain:
+        together, expected = [
+            await asyncio.gather(*(each.generate(say(index), max_tokens=12, temperature=0.0) for index in range(8)))
+            for each in (model, plain)
+        ]
+        turns = [*say(0), {"role": "assistant", "content": together[0].content}, {"role": "user", "content": "go on"}]
+        later, later_expected = [await each.generate(turns, max_tokens=12, temperature=0.0) for each in (model, plain)]
+        runtime = model.backend.statistics().runtime  # type: ignore[attr-defined]  # of the backend inside
+        assert runtime["prefix_cache_hits"] >= 8
+        assert 0 < runtime["prefix_cache_bytes"] <= runtime["prefix_cache_max_bytes"]
+    assert [response.content for response in together] == [response.content for response in expected]
+    assert later.content == later_expected.content
+    assert later.usage is not None
+    assert (later.usage.cached_tokens or 0) > 120
+
+
+async def test_cancelled_prefills_leave_the_prefix_cache_right(tiny_model: Path) -> None:
+    """Calls that are cancelled in the middle of a shared prompt leave nothing wrong for those who come after."""
+    async with make(tiny_model) as model, make(tiny_model, "cpu", prefix_cache_bytes=0) as other:
+        prompt = "a long one that many share, " * 6
+        for patience in range(6):
+            doomed = [asyncio.create_task(model.generate(f"{prompt}{index}", max_tokens=20)) for index in range(6)]
+            for _ in range(patience):
+                await asyncio.sleep(0.001)
+            for task in doomed:
+                task.cancel()
+            await asyncio.gather(*doomed, return_exceptions=True)
+        for index in range(3):
+            here, there = [
+                await each.generate(f"{prompt}{index}", max_tokens=20, temperature=0.0) for each in (model, other)
+            ]
+            assert here.content == there.content
+
+
+async def test_grammars_in_a_mixed_batch(tiny_model: Path) -> None:
+    """Rows that are held to grammars of several kinds are, greedy or sampled, and free rows say what they say alone."""
+    pytest.importorskip("llguidance")
+    grammars = (
+        Choice(("yes", "no", "perhaps")),
+        Regex("[a-f]{3}-[0-9]{4}"),
+        JSONSchema({"type": "object", "properties": {"n": {"enum": [1, 2, 3]}}, "required": ["n"]}),
+    )
+    patterns = ("yes|no|perhaps", "[a-f]{3}-[0-9]{4}", r"\{\s*\"n\"\s*:\s*[123]\s*\}")
+    async with make(tiny_model) as model:
+        free = await ask_all(model, temperature=0.0)
+        for temperature in (0.0, 1.5):
+            held, freely = await asyncio.gather(
+                asyncio.gather(
+                    *(
+                        model.generate("say it", grammar=grammar, temperature=temperature, seed=seed, max_tokens=60)
+                        for grammar in grammars
+                        for seed in range(2)
+                    )
+                ),
+                ask_all(model, temperature=0.0),
+            )
+            for index, response in enumerate(held):
+                assert response.finish_reason == "stop"
+                assert re.fullmatch(patterns[index // 2], response.content or "")
+            assert [response.content for response in freely] == [response.content for response in free]
