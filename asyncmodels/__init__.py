@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         UnsupportedError,
     )
     from asyncmodels.explanation import Explanation, explain
+    from asyncmodels.local.host import EngineHost
     from asyncmodels.local.mlx import MLXModel
     from asyncmodels.local.smollm import SmolLMModel
     from asyncmodels.local.transformers import TransformersModel
@@ -157,6 +158,7 @@ __all__ = [
     "EBNF",
     "EngineDeadError",
     "EngineError",
+    "EngineHost",
     "EventLoopError",
     "Explanation",
     "Fallback",
@@ -261,6 +263,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "CallableModel": ("asyncmodels.callable", None),
     "Concurrency": ("asyncmodels.policies.concurrency", None),
     "DiskStore": ("asyncmodels.policies.disk_store", None),
+    "EngineHost": ("asyncmodels.local.host", None),
     "Explanation": ("asyncmodels.explanation", None),
     "Fallback": ("asyncmodels.policies.fallback", None),
     "FallbackModel": ("asyncmodels.several", None),

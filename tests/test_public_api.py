@@ -53,6 +53,7 @@ NAMES = [
     "EBNF",
     "EngineDeadError",
     "EngineError",
+    "EngineHost",
     "EventLoopError",
     "Explanation",
     "Fallback",

@@ -112,6 +112,12 @@ class MLXModel(LocalModel):
     With ``isolate_agents`` an agent finds only what it said itself, and ``extra["cache_salt"]`` divides it by any word.
     After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
 
+    ``agent_weights`` gives some agents more of the engine than others where they compete (``{"grader": 2.0}``, or a
+    function of the agent; 1 is everybody's). A request whose ``timeout`` runs out in the queue never starts. A step of
+    more than ``stuck_after`` seconds is reported by a warning (None: never). With a ``host``, an ``EngineHost``, the
+    model is loaded when it has room there, and makes way for others. Where memory runs out the batch is halved, and who
+    has no token yet is tried again.
+
     A request with a ``seed`` is sampled from numbers of its own, the same in any batch. Its logits, and those of greedy
     requests, can differ by rounding with the rows beside them, which shows only where two tokens are as good as equally
     likely. Penalties, ``logprobs``, seeds and grammars make mlx_lm sample the batch row by row, which costs more the

@@ -91,7 +91,7 @@ class MLXRunner(Runner):
         self._weights = weights = load_weights(self._spec)
         tokenizer = weights.tokenizer
         self._fallback = min(weights.eos_token_ids, default=0)
-        free = free_memory()
+        free = free_memory() if self.kv_memory is None else min(free_memory(), self.kv_memory)
         wanted = free * _PREFIX_SHARE if self._prefix_cache_bytes is None else self._prefix_cache_bytes
         stored = int(min(wanted, free * _MOST_PREFIX_SHARE))
         self._store = PrefixStore(stored) if stored else None
@@ -108,6 +108,7 @@ class MLXRunner(Runner):
             compile_grammar=GrammarCompiler(tokenizer, width, weights.eos_token_ids).compile,
             native_calls=weights.native_calls,
             max_rows=None if weights.batchable else 1,
+            weight_bytes=weights.bytes,
             device=mx.default_device().type.name,
             dtype=weights.dtype,
         )
