@@ -1,4 +1,4 @@
-"""smolagents' agents on SmolLM2, through our engine: the loop ends with an answer that the model gave."""
+"""smolagents' agents on SmolLM2, through our engine: the loop ends with an answer or a call that the model gave."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORM = """Fill in this JSON with the color of a ripe banana, and write nothing e
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[SmolagentsModel]:
-    settings = {"temperature": 0.0, "max_tokens": 32, "torch_dtype": "float32"}
+    settings = {"temperature": 0.0, "max_tokens": 64, "torch_dtype": "float32"}
     with SmolagentsModel("smollm", settings) as made:
         yield made
 
@@ -36,7 +36,7 @@ def form_agent(model: SmolagentsModel, **settings: Any) -> ToolCallingAgent:
 
 def test_agents_of_both_kinds_finish_together(model: SmolagentsModel) -> None:
     """A CodeAgent with smolagents' own prompts is told by the model, after its last step, what the answer is; a
-    ToolCallingAgent ends with the call of final_answer that the model wrote; both run on one engine at once."""
+    ToolCallingAgent ends with the call of final_answer that the model had to make; both run on one engine at once."""
     coder = CodeAgent([], model, max_steps=1, verbosity_level=-1)
     caller = form_agent(model)
     with ThreadPoolExecutor(2) as threads:
@@ -48,14 +48,19 @@ def test_agents_of_both_kinds_finish_together(model: SmolagentsModel) -> None:
     (step,) = caller.memory.steps[1:]
     assert (form.state, step.is_final_answer, step.error) == ("success", True, None)
     assert form.output
-    assert f'"answer": "{form.output}"' in step.model_output
+    (call,) = step.tool_calls
+    assert (call.name, call.arguments) == ("final_answer", {"answer": form.output})
+    assert step.model_output_message.tool_calls
     assert model.model.statistics().running == 0
 
 
 def test_a_streaming_agent_finishes(model: SmolagentsModel) -> None:
-    """The same with the tokens shown as they come."""
+    """The same with what the model writes shown as it comes: a call, which has no text."""
     agent = form_agent(model, stream_outputs=True)
     events = list(agent.run(FORM, stream=True))
-    text = "".join(event.content or "" for event in events if isinstance(event, ChatMessageStreamDelta))
-    assert f'"answer": "{events[-1].output}"' in text
+    deltas = [event for event in events if isinstance(event, ChatMessageStreamDelta)]
+    assert "".join(delta.content or "" for delta in deltas) == ""
+    calls = [call.function for delta in deltas for call in delta.tool_calls or ()]
+    assert [function.name for function in calls if function is not None] == ["final_answer"]
     assert agent.memory.steps[-1].is_final_answer
+    assert events[-1].output

@@ -204,7 +204,7 @@ PROMPTS = [
         ('{"name"', "!"),
         ("é😀", ""),
     )
-    for _ in range(2)
+    for mark in (mark, f"{mark} Now")
 ]
 
 
@@ -220,11 +220,13 @@ async def test_a_small_model_always_calls(smollm: Any) -> None:
     async with smollm as model:
         responses = await asyncio.gather(
             *(
-                model.generate(prompt, tools=TOOLS, tool_choice="required", temperature=1.0, seed=seed, max_tokens=120)
+                model.generate(
+                    prompt, tools=TOOLS[:1], tool_choice="required", temperature=1.0, seed=seed, max_tokens=120
+                )
                 for seed, prompt in enumerate(PROMPTS)
             )
         )
     assert len(responses) == 50
     for response in responses:
-        check(response, {"weather", "add"})
+        check(response, {"weather"})
     assert len({json.dumps(call.parse_arguments()) for response in responses for call in response.tool_calls}) > 25
