@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from asyncmodels.types import Message, Request, Response, evolve
 
 if TYPE_CHECKING:
     from asyncmodels.batch.inputs import Inputs
+    from asyncmodels.batch.journal import Journal
     from asyncmodels.batch.order import Schedule
+    from asyncmodels.batch.progress import View
     from asyncmodels.batch.run import Run
     from asyncmodels.explanation import Explanation
     from asyncmodels.sync import SyncModel
@@ -152,6 +155,8 @@ class Model(Backend, Reproducible):
         schedule: Schedule | None = None,
         on_error: Literal["yield", "raise"] = "yield",
         max_errors: int | None = None,
+        journal: Journal | str | os.PathLike[str] | None = None,
+        progress: bool | Callable[[View], object] | None = None,
         **params: Unpack[Parameters],
     ) -> Run:
         """Asks all of ``inputs``, however many, and gives what comes of each as an item with a response or an error::
@@ -168,7 +173,15 @@ class Model(Backend, Reproducible):
         of a random order; ``schedule`` is the order of asking ("input", "longest", "prefix"), which for lists and a
         local engine is what is fastest unless told otherwise. ``on_error="raise"`` ends the run with the first error,
         ``max_errors`` with a RunStoppedError when more items have failed.
+
+        ``journal`` is a path that ends in .sqlite or .jsonl, or a Journal: each item is written down before it comes
+        out, and the same call after a crash asks only for what is missing, failed items among it. Inputs need ids, or
+        must keep their places. Raises JournalError, when it is read, for the journal of another run.
+
+        ``progress`` shows the run in a notebook, on a terminal, or every 30 seconds in the log of a CI job; True shows
+        it anywhere, False nowhere, and a function gets a View of it four times a second.
         """
+        from asyncmodels.batch.file_journal import as_journal
         from asyncmodels.batch.run import Run, RunSettings
 
         settings = RunSettings(
@@ -180,7 +193,7 @@ class Model(Backend, Reproducible):
             on_error=on_error,
             max_errors=max_errors,
         )
-        return Run(self, inputs, settings, params=dict(params))
+        return Run(self, inputs, settings, params=dict(params), journal=as_journal(journal), progress=progress)
 
     @property
     def sync(self) -> SyncModel:

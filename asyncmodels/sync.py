@@ -22,6 +22,8 @@ from asyncmodels.errors import ClosedError, EventLoopError
 from asyncmodels.types import Delta, Response
 
 if TYPE_CHECKING:
+    import pandas
+
     from asyncmodels.batch.item import Item
     from asyncmodels.batch.run import Run
     from asyncmodels.batch.tally import RunStatistics
@@ -183,6 +185,10 @@ class SyncRun(AbstractContextManager["SyncRun"], Iterator["Item"]):
     def results(self) -> list[Item]:
         """All items, in the order of the input. It holds them all in memory."""
         return sorted(self, key=lambda item: item.index)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """As ``Run.to_pandas``."""
+        return _background.run(self.run.to_pandas)
 
     def statistics(self) -> RunStatistics:
         return self.run.statistics()

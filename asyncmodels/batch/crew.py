@@ -7,7 +7,7 @@ items not yet read. When they are, nobody takes another, and that is what bounds
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from typing import TypeAlias
 
 from asyncmodels.batch.item import Entry, Item
@@ -46,6 +46,7 @@ class Crew:
         self._room: asyncio.Future[None] | None = None
         self._taking = asyncio.Lock()
         self._exhausted = False
+        self._reading: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._turn = _Turn() if ordered else None
         self._workers: set[asyncio.Task[None]] = set()
@@ -59,8 +60,9 @@ class Crew:
     async def items(self) -> AsyncGenerator[Item, None]:
         """The items as they complete, or in order.
 
-        What ``source`` raises comes out after all items before it, what ``record`` raises at once. Closing the
-        generator cancels what is under way.
+        What ``source`` raises comes out after all items before it. Where ``record`` fails nothing more is taken, what
+        is under way comes to its end and comes out without being written down, and then what it raised does. Closing
+        the generator cancels what is under way, and returns once what was answered is written down.
         """
         try:
             self._hire()
@@ -69,6 +71,8 @@ class Crew:
                     self._make_room()
                     yield done
             if self._failure is not None:
+                for done in () if self._turn is None else self._turn.rest():
+                    yield done
                 raise self._failure
         finally:
             await self._dismiss()
@@ -99,11 +103,19 @@ class Crew:
 
     async def _dismiss(self) -> None:
         self._exhausted = True
-        tasks = [*self._workers] if self._writer is None else [*self._workers, self._writer]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._source.aclose()
+        workers = [*self._workers]
+        for worker in workers:
+            worker.cancel()
+        try:
+            await asyncio.gather(*workers, return_exceptions=True)
+            if self._writer is not None:
+                self._unwritten.put_nowait(None)
+                await asyncio.wait([self._writer])
+        finally:
+            if self._writer is not None and not self._writer.done():
+                self._writer.cancel()
+                await asyncio.wait([self._writer])
+            await self._source.aclose()
 
     async def _work(self) -> None:
         while (taken := await self._take()) is not None:
@@ -117,16 +129,19 @@ class Crew:
 
     async def _take(self) -> Entry | Item | None:
         async with self._taking:
-            while not self._free:
+            while not self._free and not self._exhausted:
                 self._room = asyncio.get_running_loop().create_future()
                 await self._room
             if self._exhausted:
                 return None
+            self._reading = asyncio.current_task()
             try:
                 taken = await anext(self._source, None)
             except Exception as error:
-                self._failure = error
+                self._failure = self._failure or error
                 taken = None
+            finally:
+                self._reading = None
             if taken is None:
                 self._exhausted = True
             else:
@@ -141,22 +156,52 @@ class Crew:
         if not self._workers and self._exhausted:
             self._unwritten.put_nowait(None)
 
+    def _finish(self, error: Exception) -> None:
+        """Takes nothing more; what is under way ends and comes out, and then ``error`` does."""
+        self._failure = self._failure or error
+        self._exhausted = True
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        if self._reading is not None:
+            self._reading.cancel()  # an input may not come for long, and nobody wants it any more
+
     async def _write(self, record: Record) -> None:
+        failed = False
         try:
-            while (item := await self._unwritten.get()) is not None:
-                items = [item]
-                while len(items) < _TOGETHER and not self._unwritten.empty():
-                    more = self._unwritten.get_nowait()
-                    if more is None:
-                        self._unwritten.put_nowait(None)
-                        break
-                    items.append(more)
-                await record(items)
+            while items := await self._group():
+                if not failed:
+                    try:
+                        await record(items)
+                    except Exception as error:
+                        failed = True
+                        self._finish(error)
                 for item in items:
                     self._results.put_nowait(item)
             self._results.put_nowait(None)
+        except asyncio.CancelledError:
+            # The event loop is ending. What was answered was paid for.
+            left = [item for item in self._emptied() if item is not None]
+            if left and not failed:
+                await record(left)
+            raise
         except Exception as error:
             self.stop(error)
+
+    async def _group(self) -> list[Item]:
+        """Answers to write down together; none when no more can come."""
+        first = await self._unwritten.get()
+        items = [] if first is None else [first]
+        while items and len(items) < _TOGETHER and not self._unwritten.empty():
+            more = self._unwritten.get_nowait()
+            if more is None:
+                self._unwritten.put_nowait(None)
+                break
+            items.append(more)
+        return items
+
+    def _emptied(self) -> Iterator[Item | None]:
+        while not self._unwritten.empty():
+            yield self._unwritten.get_nowait()
 
 
 class _Turn:
@@ -174,3 +219,7 @@ class _Turn:
             ready.append(self._early.pop(self._next))
             self._next += 1
         return ready
+
+    def rest(self) -> list[Item]:
+        """Those whose turn will never be, because there is a gap before them."""
+        return [self._early.pop(index) for index in sorted(self._early)]

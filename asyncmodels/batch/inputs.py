@@ -48,7 +48,9 @@ class _Reader:
         self._make = make
         self._index = 0
         self._seen: set[int] = set()
-        """Hashes of the ids that callers gave; those of places in the input cannot meet."""
+        """Hashes of the ids that callers gave."""
+        self._unnamed = bytearray()
+        """For each input a 1 where its id is its place."""
 
     def read(self, value: Any) -> Entry:
         index = self._index
@@ -56,15 +58,24 @@ class _Reader:
         given: str | None = None
         try:
             given, messages, params = _taken_apart(value)
-            if given is not None:
-                self._once(given)
+            self._unnamed.append(given is None)
+            self._once(index, given)
             return Entry(index, str(index) if given is None else given, self._make(messages, params))
         except InvalidRequestError as error:
+            if len(self._unnamed) == index:
+                self._unnamed.append(given is None)
             return Entry(index, str(index) if given is None else given, None, _placed(error, index, given))
 
-    def _once(self, id: str) -> None:
-        mark = hash(id)
-        if mark in self._seen:
+    def _once(self, index: int, given: str | None) -> None:
+        if given is None:
+            if self._seen and hash(str(index)) in self._seen:
+                raise InvalidRequestError("its place in the input is the id of one before it: give ids to all or none.")
+            return
+        mark = hash(given)
+        place = (
+            int(given) if given.isascii() and given.isdigit() and len(given) < 10 and str(int(given)) == given else -1
+        )
+        if mark in self._seen or (0 <= place < index and self._unnamed[place]):
             raise InvalidRequestError("this id was there before: ids must differ, or results cannot be told apart.")
         self._seen.add(mark)
 

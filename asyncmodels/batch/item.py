@@ -32,6 +32,8 @@ class Item:
     """None where the input could not be read as one."""
     response: Response | None = None
     error: Exception | None = None
+    began: float = 0.0
+    """When it was taken up, in seconds since 1970; for what is reused, when it was asked."""
     seconds: float = 0.0
     """From when it was taken up until it ended, waiting and retries included; 0 for what was reused."""
     reused: bool = False

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from asyncmodels.batch.item import Entry, Item
+from asyncmodels.batch.record import Sample
 
-__all__ = ["Journal"]
+__all__ = ["Asker", "Journal"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asker:
+    """Who answers a run: the model's name, and what its links say of themselves (None: the backend cannot say it)."""
+
+    model_id: str | None
+    chain: tuple[Mapping[str, Any], ...] | None
 
 
 class Journal(ABC):
-    """Keeps the answers of one run. A run begins it, asks and tells it, and closes it."""
+    """Keeps the answers of one run at a time. A run begins it, asks and tells it, and closes it."""
 
     @abstractmethod
-    async def begin(self) -> None:
+    async def begin(self, asker: Asker, /) -> None:
         """Opens it for one run. Raises JournalError where it is another run's, another process's, or broken."""
 
     @abstractmethod
@@ -23,8 +34,14 @@ class Journal(ABC):
 
     @abstractmethod
     async def record(self, items: Sequence[Item], /) -> None:
-        """Writes items down, and returns once they are where a crash does not reach them."""
+        """Writes items down, and returns once they are where a crash does not reach them.
+
+        Who is cancelled while he waits has not taken it back: what was given is written.
+        """
+
+    def sample(self, sample: Sample, /) -> None:  # noqa: B027  # a journal need not keep them
+        """Takes note of what the run is doing just now. Waits for nothing."""
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Lets go of it. Closing twice is allowed."""
+        """Returns once everything is written, and lets go of it. Closing twice is allowed."""

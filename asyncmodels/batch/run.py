@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, Sized
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from types import AsyncGeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -18,12 +18,17 @@ from asyncmodels.backend import links
 from asyncmodels.batch.crew import Crew
 from asyncmodels.batch.inputs import Inputs, checked_inputs, entries
 from asyncmodels.batch.item import Entry, Item
-from asyncmodels.batch.journal import Journal
+from asyncmodels.batch.journal import Asker, Journal
 from asyncmodels.batch.order import WINDOW, Entries, Schedule, groups, limited, scheduled, shuffled
+from asyncmodels.batch.progress import ProgressChoice, chosen
 from asyncmodels.batch.tally import RunStatistics, Tally
-from asyncmodels.errors import ConfigurationError, RunStoppedError
+from asyncmodels.batch.watch import Watch
+from asyncmodels.errors import ConfigurationError, MissingExtraError, RunStoppedError
+from asyncmodels.identity import identities
 
 if TYPE_CHECKING:
+    import pandas
+
     from asyncmodels.model import Model
 
 __all__ = ["Run", "RunSettings"]
@@ -90,12 +95,14 @@ class Run(AsyncIterable[Item]):
         *,
         params: dict[str, Any] | None = None,
         journal: Journal | None = None,
+        progress: ProgressChoice = False,
     ) -> None:
         self.model = model
         self.settings = settings
         self._inputs = checked_inputs(inputs)
         self._params = params or {}
         self._journal = journal
+        self._show = chosen(progress)
         self._total = _total(inputs, settings.limit)
         self._tally = Tally()
         self._began: float | None = None
@@ -116,6 +123,17 @@ class Run(AsyncIterable[Item]):
     async def results(self) -> list[Item]:
         """All items, in the order of the input. It holds them all in memory."""
         return sorted([item async for item in self], key=lambda item: item.index)
+
+    async def to_pandas(self) -> pandas.DataFrame:
+        """All items as a table with one row each, in the order of the input; ``id`` is the index.
+
+        Raises MissingExtraError where pandas is missing.
+        """
+        try:
+            from asyncmodels.batch.frame import as_frame
+        except ImportError as error:
+            raise MissingExtraError('pandas is missing: pip install "asyncmodels[pandas]".') from error
+        return as_frame(await self.results())
 
     @property
     def ready(self) -> bool:
@@ -161,7 +179,7 @@ class Run(AsyncIterable[Item]):
         self._began = time.perf_counter()
         try:
             if journal is not None:
-                await journal.begin()
+                await journal.begin(Asker(model_id=self.model.model_id, chain=identities(self.model._chain)))
             self._crew = Crew(
                 self._source(),
                 self._answer,
@@ -171,15 +189,22 @@ class Run(AsyncIterable[Item]):
                 ordered=settings.ordered,
                 record=None if journal is None else journal.record,
             )
-            async with aclosing(self._crew.items()) as items:
-                async for item in items:
-                    self._tally.add(item)
-                    yield item
-                    self._judge(item)
+            with self._watched():
+                async with aclosing(self._crew.items()) as items:
+                    async for item in items:
+                        self._tally.add(item)
+                        yield item
+                        self._judge(item)
         finally:
             self._ended = time.perf_counter()
             if journal is not None:
                 await journal.aclose()
+
+    def _watched(self) -> AbstractContextManager[object]:
+        display = None if self._show is None else self._show()
+        if display is None and self._journal is None:
+            return nullcontext()
+        return Watch(self.model, self.statistics, display=display, journal=self._journal)
 
     def _judge(self, item: Item) -> None:
         """Raises where an item's error is the end of the run."""
@@ -228,8 +253,8 @@ class Run(AsyncIterable[Item]):
 
     async def _answer(self, entry: Entry) -> Item:
         if entry.request is None:
-            return Item(index=entry.index, id=entry.id, request=None, error=entry.error)
-        started = time.perf_counter()
+            return Item(index=entry.index, id=entry.id, request=None, error=entry.error, began=time.time())
+        began, started = time.time(), time.perf_counter()
         response, failure = None, None
         self._tally.in_flight += 1
         try:
@@ -244,6 +269,7 @@ class Run(AsyncIterable[Item]):
             request=entry.request,
             response=response,
             error=failure,
+            began=began,
             seconds=time.perf_counter() - started,
         )
 

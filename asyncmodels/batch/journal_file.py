@@ -1,0 +1,63 @@
+"""What the file of a journal must do, for the one thread that works with it, and what is said when it cannot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from asyncmodels.batch.record import Record, Sample
+from asyncmodels.errors import JournalError
+
+__all__ = ["JournalFile", "cannot", "damaged", "no_journal", "too_new"]
+
+
+class JournalFile(ABC):
+    """An open journal. Its methods block, and raise JournalError."""
+
+    path: Path
+    who: Any
+    """Who answered what is in it; None for a new one."""
+    empty: bool
+    """Whether there was no item in it when it was opened."""
+
+    @abstractmethod
+    def settle(self, run: Mapping[str, Any], /) -> None:
+        """Notes what holds for the run as a whole: ``who`` is asked, and whatever else is given."""
+
+    @abstractmethod
+    def find(self, ids: Sequence[str], /) -> Mapping[str, Record]:
+        """The items that were there when it was opened, or were written since, of those that are asked for."""
+
+    @abstractmethod
+    def write(self, records: Sequence[Record], samples: Sequence[Sample], /, *, replacing: bool = False) -> None:
+        """Returns once they are on the disk, all of them; what it raises leaves the file as it was.
+
+        ``replacing`` says that some may be answers to other questions than those which their ids had before.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Closing twice is allowed."""
+
+
+def cannot(path: Path, what: str, why: str) -> JournalError:
+    return JournalError(f"The journal {str(path)!r} cannot be {what}: {why}.")
+
+
+def no_journal(path: Path) -> JournalError:
+    return JournalError(f"The file {str(path)!r} is no journal, or one that was damaged: choose another path.")
+
+
+def too_new(path: Path) -> JournalError:
+    return JournalError(
+        f"The journal {str(path)!r} was written by a later version of asyncmodels: choose another path, or update."
+    )
+
+
+def damaged(path: Path, why: str) -> JournalError:
+    return JournalError(
+        f"The journal {str(path)!r} is damaged ({why}): "
+        "salvage_journal(path, to) copies what can be read of it into a new one."
+    )
