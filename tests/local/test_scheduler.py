@@ -226,3 +226,131 @@ def test_backlogged_agents_are_served_alike(rows: int, sizes: list[int]) -> None
                 running.remove(item)
     # The bound of the VTC paper: twice the most that can be under way at once.
     assert max(served.values()) - min(served.values()) <= 2 * (max(sizes) + 2 * rows * max(sizes))
+
+
+# -- weights and cached prompts ---------------------------------------------------------------------------------------
+
+
+def serve(scheduler: Scheduler, tokens: int, weights: dict[str, float], *, cached: int = 0) -> dict[str, float]:
+    """What agents that always have something waiting are served while so many tokens are generated."""
+    served = dict.fromkeys(weights, 0.0)
+    for agent, weight in weights.items():
+        add(scheduler, *(sequence(40, 20, agent=agent, weight=weight) for _ in range(4)))
+    while sum(served.values()) < tokens:
+        for item in scheduler.start(0.0):
+            item.cached = cached if item.agent == "knows" else 0
+            add(scheduler, sequence(40, 20, agent=item.agent, weight=item.weight))
+        for item in scheduler.rows():
+            scheduler.token(item, 0, 0.0)
+            served[str(item.agent)] += 1
+            if len(item.output) >= item.max_tokens:
+                scheduler.remove(item)
+    return served
+
+
+def test_a_weight_is_a_share() -> None:
+    """An agent of weight 2 gets twice as much as each of those of weight 1, and one of weight a half half as much."""
+    served = serve(Scheduler(max_rows=4), 20_000, {"double": 2.0, "one": 1.0, "other": 1.0, "half": 0.5})
+    unit = sum(served.values()) / 4.5
+    assert served == pytest.approx({"double": 2 * unit, "one": unit, "other": unit, "half": unit / 2}, rel=0.05)
+
+
+def test_cached_prompts_cost_little() -> None:
+    """An agent whose prompts are in the prefix cache is served more, because it takes less work."""
+    served = serve(Scheduler(max_rows=4), 20_000, {"knows": 1.0, "new": 1.0}, cached=39)
+    # A request costs 40 + 2 * 20, or 40 - 0.9 * 39 + 2 * 20.
+    assert served["knows"] / served["new"] == pytest.approx(80 / (80 - 0.9 * 39), rel=0.05)
+
+
+def test_what_was_paid_back_does_not_reorder_the_queue_backwards() -> None:
+    """A counter never falls, whatever was paid back: the heaps of the queue rely on it."""
+    counters = Counters()
+    counters.enter("a")
+    counters.charge_input("a", 100)
+    counters.pay_back("a", 60)
+    assert counters["a"] == 100
+    counters.charge_output("a", 20)
+    assert counters["a"] == 100
+    counters.charge_output("a", 20)
+    assert counters["a"] == 120
+
+
+def test_equals_are_served_alike() -> None:
+    """Twenty agents with different prompts and answers get the same, by Jain's index."""
+    served = serve(Scheduler(max_rows=8), 40_000, {f"agent-{index}": 1.0 for index in range(20)})
+    values = list(served.values())
+    assert sum(values) ** 2 / (len(values) * sum(value**2 for value in values)) > 0.99
+
+
+# -- deadlines --------------------------------------------------------------------------------------------------------
+
+
+def test_a_deadline_that_passes_in_the_queue() -> None:
+    """Who waits beyond his deadline is named once, and not if he has started or left in time."""
+    scheduler = Scheduler(max_rows=1)
+    runs, waits, leaves, later, patient = (sequence(deadline=at) for at in (5.0, 5.0, 5.0, 6.0, None))
+    add(scheduler, runs, waits, leaves, later, patient)
+    scheduler.start(0.0)
+    scheduler.remove(leaves)
+    assert scheduler.expired(4.9) == []
+    assert scheduler.expired(5.0) == [waits]
+    scheduler.remove(waits)
+    assert scheduler.expired(5.5) == []
+    assert scheduler.expired(100.0) == [later]
+
+
+def test_deadlines_do_not_pile_up() -> None:
+    """A million requests with long deadlines that are answered soon leave no entries behind."""
+    scheduler = Scheduler(max_rows=1)
+    for _ in range(5000):
+        item = sequence(deadline=1e9)
+        add(scheduler, item)
+        scheduler.start(0.0)
+        scheduler.remove(item)
+    assert len(scheduler._deadlines) < 200
+
+
+# -- when memory runs out ---------------------------------------------------------------------------------------------
+
+
+def test_halving_and_coming_back() -> None:
+    """The limit is half of the rows that ran, never below one, and comes back a row at a time, by full steps alone."""
+    scheduler = Scheduler(max_rows=8)
+    items = [sequence(max_tokens=10_000) for _ in range(8)]
+    add(scheduler, *items)
+    scheduler.start(0.0)
+    scheduler.halve()
+    for item in reversed(items):
+        scheduler.requeue(item)
+    assert scheduler.limit == 4
+    assert scheduler.start(1.0) == items[:4]
+    assert items[0].started_at == 0.0
+    steps = 0
+    while scheduler.limit < 8:
+        scheduler.went_well()
+        steps += 1
+        scheduler.start(2.0)
+    assert steps >= 4 * 32
+    assert scheduler.running == 8
+    for item in items[1:]:
+        scheduler.remove(item)
+    scheduler.halve()
+    assert scheduler.limit == 1
+    scheduler.requeue(items[0])
+    for _ in range(1000):
+        scheduler.went_well()
+    assert scheduler.limit == 1
+
+
+def test_who_is_queued_again_has_paid() -> None:
+    """A request that goes on later is not charged for its prompt twice, and goes before the others of its agent."""
+    scheduler = Scheduler(max_rows=1)
+    first, second = sequence(prompt=50, agent="a"), sequence(prompt=50, agent="a")
+    add(scheduler, first, second)
+    scheduler.start(0.0)
+    scheduler.token(first, 1, 0.0)
+    before = scheduler.counters["a"]
+    scheduler.requeue(first)
+    assert scheduler.start(1.0) == [first]
+    assert scheduler.counters["a"] == before
+    assert first.text == (*first.prompt, 1)
