@@ -72,10 +72,9 @@ class _Reader:
                 raise InvalidRequestError("its place in the input is the id of one before it: give ids to all or none.")
             return
         mark = hash(given)
-        place = (
-            int(given) if given.isascii() and given.isdigit() and len(given) < 10 and str(int(given)) == given else -1
-        )
-        if mark in self._seen or (0 <= place < index and self._unnamed[place]):
+        place = int(given) if given.isascii() and given.isdigit() and len(given) < 10 else index
+        is_place = place < index and self._unnamed[place] and str(place) == given
+        if is_place or mark in self._seen:
             raise InvalidRequestError("this id was there before: ids must differ, or results cannot be told apart.")
         self._seen.add(mark)
 

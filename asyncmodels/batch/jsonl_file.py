@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from asyncmodels.batch.journal_file import JournalFile, cannot, damaged, no_journal, too_new
 from asyncmodels.batch.record import Record, Sample
 
-__all__ = ["JSONLFile", "JSONLReader", "lines"]
+__all__ = ["JSONLFile", "JSONLReader", "as_record", "as_sample", "is_jsonl", "lines"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class JSONLFile(JournalFile):
                 row = self._index.execute("SELECT start, size FROM lines WHERE id = ?", (id,)).fetchone()
                 if row is not None:
                     self._file.seek(row[0])
-                    record = _record(json.loads(self._file.read(row[1])))
+                    record = as_record(json.loads(self._file.read(row[1])))
                     if record is not None:
                         found[id] = record
         return found
@@ -148,13 +148,13 @@ class JSONLReader:
 
     def records(self) -> Iterator[Record]:
         for start, _, value in lines(self.path):
-            if self._last.get(value.get("id", "")) == start and (record := _record(value)) is not None:
+            if self._last.get(value.get("id", "")) == start and (record := as_record(value)) is not None:
                 yield record
 
     def samples(self) -> Iterator[Sample]:
         for _, _, value in lines(self.path):
-            if "sample" in value:
-                yield Sample._make(value["sample"])
+            if (sample := as_sample(value)) is not None:
+                yield sample
 
     def count(self) -> int:
         return len(self._last)
@@ -180,10 +180,10 @@ def lines(path: Path, *, lost: list[int] | None = None) -> Iterator[tuple[int, i
                 if not isinstance(value, dict):
                     raise ValueError("no object")
             except (ValueError, RecursionError) as error:
+                if lost is None and number == 1:
+                    raise no_journal(path) from error
                 if lost is None:
-                    raise (
-                        no_journal(path) if number == 1 else damaged(path, f"line {number} is none of ours")
-                    ) from error
+                    raise damaged(path, f"line {number} is none of ours") from error
                 lost.append(number)
             else:
                 if number == 1 and lost is None:
@@ -223,7 +223,7 @@ def _is_unread(value: Mapping[str, Any]) -> bool:
     return "question" not in value and "error" in value
 
 
-def _record(value: Mapping[str, Any]) -> Record | None:
+def as_record(value: Mapping[str, Any]) -> Record | None:
     """None for a line that lacks what every item has."""
     fields = {name: value.get(name, _DEFAULTS.get(name)) for name in Record._fields}
     for name in _RAW:
@@ -232,6 +232,20 @@ def _record(value: Mapping[str, Any]) -> Record | None:
     if not isinstance(fields["id"], str) or not isinstance(fields["place"], int):
         return None
     return Record(**fields)
+
+
+def as_sample(value: Mapping[str, Any]) -> Sample | None:
+    told = value.get("sample")
+    return Sample._make(told) if isinstance(told, list) and len(told) == len(Sample._fields) else None
+
+
+def is_jsonl(path: Path) -> bool:
+    """Of the two formats, by what is in the file, or else by its name."""
+    with suppress(OSError), open(path, "rb") as file:
+        begin = file.read(16)
+        if begin.startswith((b"{", b"SQLite format")):
+            return begin.startswith(b"{")
+    return path.suffix.lower() in (".jsonl", ".ndjson")
 
 
 def _last_line_end(file: BinaryIO, size: int) -> int:

@@ -1,4 +1,4 @@
-"""How a run is shown while it goes: a bar on a terminal, a widget in a notebook, lines in a log, a caller's function."""
+"""How a run is shown: a bar on a terminal, a widget in a notebook, lines in a log, a caller's function."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def described(view: View) -> list[str]:
     if now.p50 is not None and now.p95 is not None:
         said.append(f"p50 {_seconds(now.p50)} p95 {_seconds(now.p95)}")
     if view.refused:
-        said.append(f"{view.refused:,} × 429")
+        said.append(f"429s {view.refused:,}")
     if view.retries:
         said.append(f"{view.retries:,} retries")
     if view.cost is not None:

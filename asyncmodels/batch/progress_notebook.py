@@ -19,9 +19,9 @@ class Widget(Display):
         self._handle: Any = None
 
     def show(self, view: View, /) -> None:
-        html = HTML(_page(view))
+        html = HTML(_page(view))  # type: ignore[no-untyped-call]  # IPython tells no types
         if self._handle is None:
-            self._handle = display(html, display_id=True)
+            self._handle = display(html, display_id=True)  # type: ignore[no-untyped-call]  # the same
         else:
             self._handle.update(html)
 

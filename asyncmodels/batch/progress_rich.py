@@ -47,5 +47,8 @@ def _drawn(view: View) -> Text:
     text.append(first, "bold")
     for words in rest:
         text.append("  ")
-        text.append(words.replace(" ", "\N{NO-BREAK SPACE}"), "red" if words.endswith(("failed", "429")) else "")
+        text.append(
+            words.replace(" ", "\N{NO-BREAK SPACE}"),
+            "red" if words.endswith("failed") or words.startswith("429s") else "",
+        )
     return text

@@ -102,9 +102,14 @@ class Questions:
             return _UNSAID
         except (TypeError, ValueError):  # of values that JSON does not have, or of an image that cannot be read
             return Asked(None, _shown(request))
+        said = text.decode("ascii")
+        return Asked(self.key(said), said)
+
+    def key(self, text: str) -> str:
+        """Of a question that is written down already."""
         key = self._prefix.copy()
-        key.update(text)
-        return Asked(key.hexdigest()[:32], text.decode("ascii"))
+        key.update(text.encode("ascii", "replace"))
+        return key.hexdigest()[:32]
 
 
 _UNSAID = Asked(None, None)

@@ -19,7 +19,7 @@ from asyncmodels.batch.journal_file import JournalFile, cannot, damaged, no_jour
 from asyncmodels.batch.journal_lock import refuse_inherited
 from asyncmodels.batch.record import Record, Sample
 
-__all__ = ["SQLiteFile", "SQLiteReader", "connected", "create", "speaking"]
+__all__ = ["RECORD_NAMES", "SQLiteFile", "SQLiteReader", "connected", "create", "is_ours"]
 
 _OURS = 0x616D6A31  # "amj1"
 _VERSION = 1
@@ -38,7 +38,7 @@ _TABLES = (
     f"CREATE TABLE replaced ({_COLUMNS.replace(' PRIMARY KEY', '')})",
     "CREATE TABLE samples (at REAL NOT NULL, in_flight INTEGER NOT NULL, most INTEGER)",
 )
-_NAMES = ", ".join(Record._fields)
+RECORD_NAMES = ", ".join(Record._fields)
 _ROW = f"({', '.join('?' * len(Record._fields))})"
 
 
@@ -47,7 +47,7 @@ class SQLiteFile(JournalFile):
 
     def __init__(self, path: Path, *, patience: float = 10.0) -> None:
         self.path = path
-        with speaking(path, "opened"):
+        with _speaking(path, "opened"):
             path.parent.mkdir(parents=True, exist_ok=True)
             refuse_inherited(path)
             self._connection = connected(path, patience)
@@ -60,19 +60,19 @@ class SQLiteFile(JournalFile):
                 raise
 
     def settle(self, run: Mapping[str, Any]) -> None:
-        with speaking(self.path), self._transaction() as connection:
+        with _speaking(self.path), self._transaction() as connection:
             connection.executemany(
                 "INSERT OR REPLACE INTO run VALUES (?, ?)", [(name, json.dumps(value)) for name, value in run.items()]
             )
 
     def find(self, ids: Sequence[str]) -> dict[str, Record]:
         found: dict[str, Record] = {}
-        with speaking(self.path, "read"):
+        with _speaking(self.path, "read"):
             for start in range(0, len(ids), 500):
                 some = ids[start : start + 500]
                 marks = ",".join("?" * len(some))
                 rows = self._connection.execute(
-                    f"SELECT {_NAMES} FROM items WHERE id IN ({marks})",  # noqa: S608  # question marks only
+                    f"SELECT {RECORD_NAMES} FROM items WHERE id IN ({marks})",  # noqa: S608  # question marks only
                     some,
                 )
                 found.update((row[0], _record(row)) for row in rows)
@@ -81,7 +81,7 @@ class SQLiteFile(JournalFile):
     def write(self, records: Sequence[Record], samples: Sequence[Sample], *, replacing: bool = False) -> None:
         asked = [record for record in records if record.question is not None or record.error is None]
         unread = [record for record in records if record.question is None and record.error is not None]
-        with speaking(self.path), self._transaction() as connection:
+        with _speaking(self.path), self._transaction() as connection:
             if replacing:
                 connection.executemany(
                     "INSERT INTO replaced SELECT * FROM items WHERE id = ? AND error IS NULL AND key IS NOT ?",
@@ -101,7 +101,8 @@ class SQLiteFile(JournalFile):
             some = records[start : start + _TOGETHER]
             rows = ",".join([_ROW] * len(some))
             values = [value for record in some for value in record]
-            self._connection.execute(f"INSERT OR {conflict} INTO items VALUES {rows}", values)
+            statement = f"INSERT OR {conflict} INTO items VALUES {rows}"  # noqa: S608  # question marks only
+            self._connection.execute(statement, values)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -143,7 +144,7 @@ class SQLiteReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with speaking(path, "read"):
+        with _speaking(path, "read"):
             refuse_inherited(path)
             if not path.is_file():
                 raise FileNotFoundError(2, "No such file")
@@ -159,17 +160,17 @@ class SQLiteReader:
                 raise
 
     def records(self) -> Iterator[Record]:
-        with speaking(self.path, "read"):
-            for row in self._connection.execute(f"SELECT {_NAMES} FROM items ORDER BY rowid"):  # noqa: S608  # names only
+        with _speaking(self.path, "read"):
+            for row in self._connection.execute(f"SELECT {RECORD_NAMES} FROM items ORDER BY rowid"):  # noqa: S608  # names only
                 yield _record(row)
 
     def samples(self) -> Iterator[Sample]:
-        with speaking(self.path, "read"):
+        with _speaking(self.path, "read"):
             for row in self._connection.execute("SELECT at, in_flight, most FROM samples ORDER BY rowid"):
                 yield Sample._make(row)
 
     def count(self) -> int:
-        with speaking(self.path, "read"):
+        with _speaking(self.path, "read"):
             (count,) = self._connection.execute("SELECT COUNT(*) FROM items").fetchone()
         return int(count)
 
@@ -211,7 +212,7 @@ def create(connection: sqlite3.Connection) -> None:
 
 
 def _record(row: tuple[Any, ...]) -> Record:
-    return Record(*row[:-1], cached=bool(row[-1]))
+    return Record._make((*row[:-1], bool(row[-1])))
 
 
 def _run(connection: sqlite3.Connection) -> dict[str, Any]:
@@ -222,7 +223,7 @@ _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_FORMAT}
 
 
 @contextmanager
-def speaking(path: Path, what: str = "written") -> Iterator[None]:
+def _speaking(path: Path, what: str = "written") -> Iterator[None]:
     """What SQLite and the system say about the file at ``path``, as a JournalError."""
     try:
         yield
