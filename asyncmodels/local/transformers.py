@@ -107,8 +107,10 @@ class TransformersModel(LocalModel):
 
     ``device_map``: None takes the first CUDA device, else MPS, else the CPU; or a device, or what accelerate takes.
     ``torch_dtype``: None or ``"auto"`` takes the checkpoint's precision; on a CPU without bfloat16 instructions, where
-    half precision is slower, float32. ``statistics()`` says which it is. ``model_kwargs`` go to ``from_pretrained``,
-    ``apply_chat_template_kwargs`` to the chat template. ``max_new_tokens`` is for calls without ``max_tokens``. Any
+    half precision is slower, float32. ``statistics()`` says which it is. ``model_kwargs`` go to ``from_pretrained``:
+    ``{"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}`` loads a model quantised,
+    ``{"attn_implementation": "flash_attention_2"}`` chooses the attention (SDPA by default).
+    ``apply_chat_template_kwargs`` go to the chat template. ``max_new_tokens`` is for calls without ``max_tokens``. Any
     field of ``Request`` can be given as a default for every call.
 
     ``max_batch_size`` requests run at once, and their KV memory stays within ``max_batch_tokens`` tokens (None: what

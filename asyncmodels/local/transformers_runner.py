@@ -92,7 +92,7 @@ class TransformersRunner(Runner):
         self._prefilled = 0
         self._pending: list[_Prefill] = []
         self._rows: list[Sequence] = []
-        self._broken: set[Sequence] = set()
+        self._lengths: list[int] = []
         self._cache: BatchCache | None = None
 
     # -- life ---------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class TransformersRunner(Runner):
     def reset(self) -> None:
         self._pending.clear()
         self._rows.clear()
-        self._broken.clear()
+        self._lengths.clear()
         self._cache = None
         self._sampler.clear()
         if self._prefixes is not None:
@@ -183,12 +183,13 @@ class TransformersRunner(Runner):
         if len(staying) == len(self._rows):
             return
         if not staying or self._cache is None:
-            self._rows, self._cache = [], None
+            self._rows, self._lengths, self._cache = [], [], None
             return
         width = max(_cached(self._rows[row]) for row in staying)
         with torch.inference_mode():
             order = self._cache.keep(staying, width)
         self._rows = [self._rows[row] for row in order]
+        self._lengths = [self._lengths[row] for row in order]
 
     def step(self) -> list[Output]:
         assert self._weights is not None  # noqa: S101  # load() comes first
@@ -196,7 +197,6 @@ class TransformersRunner(Runner):
             outputs: list[Output] = [*self._decode()] if self._rows else []
             if self._pending:
                 outputs += self._prefill()
-        self._broken = {output.sequence for output in outputs if isinstance(output, Failed)}
         return outputs
 
     def statistics(self) -> Mapping[str, float]:
@@ -212,6 +212,7 @@ class TransformersRunner(Runner):
         tokens, positions = torch.tensor([[row.output[-1] for row in rows], lengths], device=self._device)
         pads = [width - length for length in lengths]
         logits = self._forward(tokens[:, None], self._cache, positions[:, None], self._mask(pads, width + 1))
+        self._lengths = [length + 1 for length in lengths]
         return self._sample(logits, rows, masks)
 
     def _masks(self, rows: list[Sequence]) -> Masks | None:
@@ -249,7 +250,7 @@ class TransformersRunner(Runner):
         if self._prefixes is None:
             return [(item, _NOTHING) for item in self._pending]
         ready: list[_Ready] = []
-        for item in self._pending:
+        for item in sorted(self._pending, key=lambda item: not item.done):
             found = _NOTHING if item.done else self._prefixes.find(item.sequence)
             short = item.rest - found.length <= budget
             goal = found.length + _WORTH_WAITING
@@ -332,11 +333,10 @@ class TransformersRunner(Runner):
         if self._prefixes is None or self._cache is None:
             return
         with torch.inference_mode():
-            for index, row in enumerate(self._rows):
-                # Of a row that failed it is not known how far it came.
-                if row in leaving and row not in self._broken:
-                    tokens = (*row.prompt, *row.output)[: _cached(row)]
-                    self._prefixes.remember(row, tokens, self._cache, index)
+            for index, (row, length) in enumerate(zip(self._rows, self._lengths, strict=True)):
+                # A row that failed in the last step has one column more than anybody knows tokens for.
+                if row in leaving and length == _cached(row):
+                    self._prefixes.remember(row, (*row.prompt, *row.output)[:length], self._cache, index)
 
     def _join(self, sequences: list[Sequence], cache: BatchCache) -> None:
         if self._cache is None:
@@ -344,6 +344,7 @@ class TransformersRunner(Runner):
         else:
             self._cache.join(cache)
         self._rows += sequences
+        self._lengths += [len(sequence.prompt) for sequence in sequences]
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
