@@ -219,6 +219,8 @@ class _Open:
         self._advice = advice
         self._early: dict[int, Asked] = {}
         """What was read of requests with images, until they are recorded: their files may change."""
+        self._asked_anew: set[str] = set()
+        """Ids under which there is an answer to something else."""
 
     def known(self, entries: Sequence[Entry]) -> list[Item | None]:
         found: Mapping[str, Record] = {}
@@ -229,7 +231,9 @@ class _Open:
     def record(self, items: Sequence[Item]) -> None:
         records = [recorded(item, self._asked(item)) for item in items]
         samples, self.samples = self.samples, []
-        self.file.write(records, samples, replacing=self._advice is None and not self.file.empty)
+        replaced = [record.id for record in records if record.id in self._asked_anew and not record.unread]
+        self.file.write(records, samples, replaced)
+        self._asked_anew.difference_update(replaced)
 
     def close(self) -> None:
         try:
@@ -255,8 +259,9 @@ class _Open:
             return self._reused(entry, record)
         if images:
             self._early[entry.index] = asked
-        if self._advice is not None:
+        if asked.key is not None and self._advice is not None:
             raise JournalError(self._said(entry, asked, record))
+        self._asked_anew.add(record.id)
         return None
 
     def _reused(self, entry: Entry, record: Record) -> Item | None:
@@ -278,9 +283,7 @@ class _Open:
 
     def _said(self, entry: Entry, asked: Asked, record: Record) -> str:
         name = str(self.file.path)
-        if asked.text is None or record.question is None:
-            return f"Item {entry.id!r} of the journal {name!r} was asked something else. {self._advice}"
-        here, there = (read(fingerprint(None, json.loads(text))) for text in (asked.text, record.question))
+        here, there = (read(fingerprint(None, json.loads(text or "{}"))) for text in (asked.text, record.question))
         differ = "; ".join(differences(here, there, "the journal")) or "who was asked"
         return f"Item {entry.id!r} of the journal {name!r} was asked something else: {differ}. {self._advice}"
 

@@ -31,10 +31,11 @@ class JournalFile(ABC):
         """The items that were there when it was opened, or were written since, of those that are asked for."""
 
     @abstractmethod
-    def write(self, records: Sequence[Record], samples: Sequence[Sample], /, *, replacing: bool = False) -> None:
+    def write(self, records: Sequence[Record], samples: Sequence[Sample], replaced: Sequence[str] = (), /) -> None:
         """Returns once they are on the disk, all of them; what it raises leaves the file as it was.
 
-        ``replacing`` says that some may be answers to other questions than those which their ids had before.
+        A record takes the place of that which its id had, except one of an input that could not be read. What the ids
+        in ``replaced`` had is answers to something else, and kept aside.
         """
 
     @abstractmethod

@@ -65,7 +65,7 @@ class JSONLFile(JournalFile):
                         found[id] = record
         return found
 
-    def write(self, records: Sequence[Record], samples: Sequence[Sample], *, replacing: bool = False) -> None:
+    def write(self, records: Sequence[Record], samples: Sequence[Sample], replaced: Sequence[str] = (), /) -> None:
         self._append([*(_line(record) for record in records), *(_sampled(sample) for sample in samples)])
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ def _sampled(sample: Sample) -> str:
 
 
 def _is_unread(value: Mapping[str, Any]) -> bool:
-    return "question" not in value and "error" in value
+    return "key" not in value and "error" in value
 
 
 def as_record(value: Mapping[str, Any]) -> Record | None:

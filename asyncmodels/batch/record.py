@@ -56,6 +56,11 @@ class Record(NamedTuple):
         return self.error is None
 
     @property
+    def unread(self) -> bool:
+        """Whether it is the error of an input that could not be read, or compared: that takes no answer's place."""
+        return self.key is None and self.error is not None
+
+    @property
     def tree(self) -> Any:
         """The question as dicts and lists; None where there is none."""
         return None if self.question is None else json.loads(self.question)

@@ -78,17 +78,13 @@ class SQLiteFile(JournalFile):
                 found.update((row[0], _record(row)) for row in rows)
         return found
 
-    def write(self, records: Sequence[Record], samples: Sequence[Sample], *, replacing: bool = False) -> None:
-        asked = [record for record in records if record.question is not None or record.error is None]
-        unread = [record for record in records if record.question is None and record.error is not None]
+    def write(self, records: Sequence[Record], samples: Sequence[Sample], replaced: Sequence[str] = (), /) -> None:
+        unread = [record for record in records if record.unread]
+        asked = [record for record in records if not record.unread] if unread else records
         with _speaking(self.path), self._transaction() as connection:
-            if replacing:
-                connection.executemany(
-                    "INSERT INTO replaced SELECT * FROM items WHERE id = ? AND error IS NULL AND key IS NOT ?",
-                    [(record.id, record.key) for record in asked],
-                )
+            connection.executemany("INSERT INTO replaced SELECT * FROM items WHERE id = ?", [(id,) for id in replaced])
             self._insert("REPLACE", asked)
-            self._insert("IGNORE", unread)  # an input that cannot be read takes no other's place
+            self._insert("IGNORE", unread)
             connection.executemany("INSERT INTO samples VALUES (?, ?, ?)", samples)
 
     def close(self) -> None:
