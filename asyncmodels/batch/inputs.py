@@ -57,7 +57,8 @@ class _Reader:
         self._index += 1
         given: str | None = None
         try:
-            given, messages, params = _taken_apart(value)
+            given = _id(value)
+            messages, params = _taken_apart(value)
             self._unnamed.append(given is None)
             self._once(index, given)
             return Entry(index, str(index) if given is None else given, self._make(messages, params))
@@ -79,21 +80,26 @@ class _Reader:
         self._seen.add(mark)
 
 
-def _taken_apart(value: Any) -> tuple[str | None, Any, Mapping[str, Any]]:
-    """An input's id, its messages and its own parameters."""
-    if not isinstance(value, Mapping) or "role" in value:
-        return None, value, {}
-    fields = dict(value)
-    given = fields.pop("id", None)
+def _id(value: Any) -> str | None:
+    given = value.get("id") if isinstance(value, Mapping) and "role" not in value else None
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int) or given == ""):
         raise InvalidRequestError(f"an id is a text or a whole number, not {given!r}.")
+    return None if given is None else str(given)
+
+
+def _taken_apart(value: Any) -> tuple[Any, Mapping[str, Any]]:
+    """An input's messages and its own parameters."""
+    if not isinstance(value, Mapping) or "role" in value:
+        return value, {}
+    fields = dict(value)
+    fields.pop("id", None)
     found = [name for name in ("messages", "prompt") if fields.get(name) is not None]
     if len(found) != 1:
         raise InvalidRequestError('an input that is a dict has either "messages" or a "prompt".')
     messages = fields.pop(found[0])
     fields.pop("messages", None)
     fields.pop("prompt", None)
-    return None if given is None else str(given), messages, fields
+    return messages, fields
 
 
 def _placed(error: InvalidRequestError, index: int, id: str | None) -> InvalidRequestError:

@@ -19,11 +19,6 @@ _TYPES: dict[type, pyarrow.DataType] = {
     float: pyarrow.float64(),
     bool: pyarrow.bool_(),
 }
-    str: pyarrow.string(),
-    int: pyarrow.int64(),
-    float: pyarrow.float64(),
-    bool: pyarrow.bool_(),
-}
 
 
 def write_parquet(path: Path, columns: Sequence[tuple[str, type]], rows: Iterable[dict[str, Any]]) -> int:

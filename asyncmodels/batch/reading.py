@@ -58,7 +58,7 @@ class JournalReader:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<JournalReader {str(self.path)!r}: {len(self)} items>"
+        return f"<JournalReader {str(self.path)!r}>"
 
 
 def read_journal(path: str | os.PathLike[str]) -> JournalReader:

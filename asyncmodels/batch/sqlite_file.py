@@ -121,16 +121,10 @@ class SQLiteFile(JournalFile):
         self._check()
 
     def _check(self) -> None:
-        """Raises JournalError for a file that was cut, and for a small one with any other damage."""
-        connection = self._connection
-        busy, *_ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        (pages,) = connection.execute("PRAGMA page_count").fetchone()
-        (size,) = connection.execute("PRAGMA page_size").fetchone()
-        there = self.path.stat().st_size
-        if not busy and there < pages * size:
-            raise damaged(self.path, f"it ends after {there} of {pages * size} bytes")
-        if there <= _CHECKED:
-            (said,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        """Raises JournalError for a damaged file. SQLite finds by itself that a file was cut; where a large one has
+        other damage, that is found when it is met."""
+        if self.path.stat().st_size <= _CHECKED:
+            (said,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
             if said != "ok":
                 raise damaged(self.path, said.replace("\n", ": "))
 
@@ -146,8 +140,10 @@ class SQLiteReader:
                 raise FileNotFoundError(2, "No such file")
             # In a folder that cannot be written to, SQLite must be told that nobody else writes, either.
             fixed = not os.access(path.parent, os.W_OK) and not path.with_name(f"{path.name}-wal").exists()
-            self._connection = connected(path, 10.0, "?mode=ro&immutable=1" if fixed else "?mode=ro")
+            self._connection = connected(path, 10.0, "?mode=ro&immutable=1" if fixed else "?mode=rw")
             try:
+                # Not opened for reading only: the last to close it could not take away the files beside it.
+                self._connection.execute("PRAGMA query_only = ON")
                 if not is_ours(self._connection, path):
                     raise no_journal(path)
                 self.run = _run(self._connection)
