@@ -96,7 +96,10 @@ class Device:
         if not waiting and self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        blocked = False
+        over = sum(resident.size for resident in self._residents if resident.held) - self.memory
+        blocked = over > 0  # somebody took more than was estimated
+        if blocked:
+            self._make_room(over, now, actions)
         for resident in waiting:
             if resident.leaving or resident.draining:
                 continue
