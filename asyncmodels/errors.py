@@ -39,6 +39,7 @@ AsyncModelsError
 ├── BudgetExceededError          the call could cost more than is left; it was not made
 ├── CircuitOpenError             the endpoint fails too often; nothing was sent, see .retry_after
 ├── RepeatedFailureError         this request fails in the same way every time, while others are answered
+├── LimitStoreError              the store of a shared rate limit cannot be used just now; nothing was sent
 ├── EngineError                  a local engine could not serve the request
 │   ├── QueueFullError           admission refused: too many requests or tokens are queued
 │   └── EngineDeadError          the engine's thread died; carries the cause
@@ -79,6 +80,7 @@ __all__ = [
     "InvalidRequestError",
     "InvalidResponseError",
     "JournalError",
+    "LimitStoreError",
     "MissingExtraError",
     "MissingKeyError",
     "ModelLoadError",
@@ -399,6 +401,13 @@ class RepeatedFailureError(AsyncModelsError):
     The cause is the last failure, where it happened in this call. Without one nothing was sent, because the request has
     failed before; ``retry_after`` says after how many seconds it is tried again.
     """
+
+
+class LimitStoreError(AsyncModelsError):
+    """Raised by ``RateLimit(shared=...)`` before anything is sent when the store that holds the limit cannot be used
+    just now; ``__cause__`` says why. Whoever has another model asks that one."""
+
+    retryable = True
 
 
 # -- local engines, lifetimes -----------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ def test_what_is_retryable() -> None:
         "ConnectionLostError",
         "DNSError",
         "IdleTimeoutError",
+        "LimitStoreError",
         "OverloadedError",
         "ProtocolError",
         "QueueFullError",

@@ -68,6 +68,7 @@ NAMES = [
     "Item",
     "JSONSchema",
     "JournalError",
+    "LimitStoreError",
     "LiteLLMModel",
     "LiteLLMRouterModel",
     "MLXModel",

@@ -103,10 +103,12 @@ class Choosing(Backend, Reproducible, Generic[AnyTarget]):
                         self._moved_on += 1
                     return visit, await attempt(visit, request)
                 except Exception as error:
-                    # A limit of the caller's own says nothing about the target, and nobody else has more time.
-                    late = isinstance(error, CallTimeoutError) and deadline is not None
+                    # A limit of the caller's own says nothing about the target. Nobody else has more time when it has
+                    # run out; who was refused at once, because it would run out while he waits there, has it all yet.
+                    own = isinstance(error, CallTimeoutError) and deadline is not None
+                    late = own and deadline is not None and self._clock.time() >= deadline
                     if visit is not None:
-                        visit.failed(error, blame=not late)
+                        visit.failed(error, blame=not own)
                         visit.leave()
                     else:
                         target.skipped += 1

@@ -18,6 +18,7 @@ from asyncmodels.errors import (
     IdleTimeoutError,
     InvalidRequestError,
     InvalidResponseError,
+    LimitStoreError,
     RateLimitError,
     RepeatedFailureError,
     ServerError,
@@ -48,6 +49,7 @@ ON: tuple[type[Exception], ...] = (
     CircuitOpenError,
     EngineError,
     RepeatedFailureError,
+    LimitStoreError,
     UnsupportedError,
     ContextLengthError,
 )

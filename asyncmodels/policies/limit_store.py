@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from asyncmodels.errors import AsyncModelsError
+from asyncmodels.errors import LimitStoreError
 from asyncmodels.policies.limit_bucket import Answer, Asked
 
 __all__ = ["LimitStore", "LimitStoreError"]
-
-
-class LimitStoreError(AsyncModelsError):
-    """The store that holds a shared limit cannot be used just now; ``__cause__`` says why."""
-
-    retryable = True
 
 
 class LimitStore(ABC):

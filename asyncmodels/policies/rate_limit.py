@@ -11,14 +11,13 @@ from typing import Any
 
 from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
-from asyncmodels.errors import ConfigurationError
+from asyncmodels.errors import ConfigurationError, LimitStoreError
 from asyncmodels.policies.limit_bucket import DIMENSIONS, Limits
 from asyncmodels.policies.limit_call import Call, Meter, MeteredDeltas, queued_longer
 from asyncmodels.policies.limit_estimate import Estimate, Estimator
 from asyncmodels.policies.limit_gate import Gate, LocalGate
 from asyncmodels.policies.limit_shared import OnStoreError, SharedGate
 from asyncmodels.policies.limit_sharing import Shared, store_of
-from asyncmodels.policies.limit_store import LimitStoreError
 from asyncmodels.trace import notes_attempts
 from asyncmodels.types import Delta, Request, Response, evolve
 

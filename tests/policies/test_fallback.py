@@ -33,6 +33,7 @@ from asyncmodels.errors import (
     IdleTimeoutError,
     InvalidRequestError,
     InvalidResponseError,
+    LimitStoreError,
     NotFoundError,
     OverloadedError,
     QueueFullError,
@@ -52,6 +53,7 @@ from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.choosing import ChoosingStatistics
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.fallback import Fallback
+from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.policies.retry import Retry
 from asyncmodels.several import FallbackModel
 from asyncmodels.testing import Delay, FakeClock, ScriptedBackend, ScriptItem
@@ -139,6 +141,7 @@ ELSEWHERE = [
     QueueFullError("full"),
     EngineDeadError("dead"),
     RepeatedFailureError("again"),
+    LimitStoreError("no store"),
     UnsupportedError("no tools"),
     ContextLengthError("too long"),
 ]
@@ -569,12 +572,31 @@ async def test_nobody_is_asked_when_the_time_is_over() -> None:
 async def test_the_calls_own_timeout_blames_nobody() -> None:
     """A caller whose time is over gets his CallTimeoutError, and the model is not avoided for that."""
     second = backend("Hello.")
-    fallback = Fallback(backend(CallTimeoutError("over")), to=[second], cooldown_after=1)
+    async with FakeClock(autojump=True) as clock:
+        first = ScriptedBackend(Delay(10), CallTimeoutError("over"), clock=clock)
+        fallback = Fallback(first, to=[second], cooldown_after=1, clock=clock)
 
-    with pytest.raises(CallTimeoutError):
-        await fallback.generate(ask(timeout=10.0))
+        with pytest.raises(CallTimeoutError):
+            await fallback.generate(ask(timeout=10.0))
 
     assert second.requests == []
+    assert fallback.statistics().targets[0].state == "in"
+
+
+@both_ways
+async def test_a_call_that_has_no_time_to_wait_is_taken_elsewhere(streaming: bool) -> None:
+    """Where a model refuses at once, because its turn there would come too late, the next one answers in time; and the
+    model is not avoided for that."""
+    async with FakeClock(autojump=True) as clock:
+        second = ScriptedBackend(*["Hello."] * 4, clock=clock)
+        limited = RateLimit(backend(*["Hi."] * 5), requests_per_minute=60, clock=clock)
+        fallback = Fallback(limited, to=[second], cooldown_after=1, clock=clock)
+
+        answers = [answer(fallback, ask(timeout=1.0), streaming=streaming) for _ in range(5)]
+        contents = [response.content for response in await asyncio.gather(*answers)]
+
+    assert contents == ["Hi.", *["Hello."] * 4]
+    assert [request.timeout for request in second.requests] == [1.0] * 4
     assert fallback.statistics().targets[0].state == "in"
 
 

@@ -27,6 +27,7 @@ from asyncmodels.errors import (
     EngineDeadError,
     InvalidRequestError,
     InvalidResponseError,
+    LimitStoreError,
     NotFoundError,
     RateLimitError,
     ResponseFormatError,
@@ -86,6 +87,7 @@ ITS_OWN = [
     AuthenticationError("401"),
     NotFoundError("404"),
     CallTimeoutError("its own"),
+    LimitStoreError("no store"),
 ]
 THE_REQUESTS = [
     InvalidRequestError("400"),
