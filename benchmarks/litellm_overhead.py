@@ -171,7 +171,8 @@ def report(title: str, spent: Spent) -> None:
 
 
 async def measured(url: str, arguments: argparse.Namespace) -> dict[str, Spent]:
-    async with LiteLLMModel("openai/benchmark", api_base=url, api_key="behind") as model:
+    settings: dict[str, Any] = {"policies": []} if arguments.bare else {}
+    async with LiteLLMModel("openai/benchmark", api_base=url, api_key="behind", **settings) as model:
         return {
             title: await measure(model, url, stream=stream, rounds=arguments.rounds, pairs=pairs)
             for title, stream, pairs in (
@@ -187,6 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="rounds, garbage being collected before each")
     parser.add_argument("--pairs", type=int, default=100, help="pairs of whole answers in a round")
     parser.add_argument("--streams", type=int, default=10, help="pairs of streams in a round")
+    parser.add_argument("--bare", action="store_true", help="without the default policies")
     parser.add_argument("--json", type=Path, help="also write everything measured to this file")
     arguments = parser.parse_args()
     with running(delay=0.0, chunks=CHUNKS, interval=0.0) as url:
