@@ -91,8 +91,13 @@ class Call:
         started = meter.clock.time()
         try:
             grant: Grant = await meter.gate.wait(self.cost, request.priority, request.timeout)
-        except AsyncModelsError as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:
             meter.refused += isinstance(error, CallTimeoutError)
+            waited = meter.clock.time() - started
+            if waited:
+                note_wait("rate_limit", waited)
             raise
         self.waited = meter.clock.time() - started
         if self.waited:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from asyncmodels.clock import Clock
 from asyncmodels.policies.line import Agent, Line
@@ -163,7 +164,8 @@ class Slots:
         if loop in self._alarms:
             return
         if loop is asyncio._get_running_loop():
-            self._alarms[loop] = loop.create_task(self._alarm(loop), name="Concurrency.parked")
+            alarm = self._alarms[loop] = loop.create_task(self._alarm(loop), name="Concurrency.parked")
+            alarm.add_done_callback(partial(self._alarm_ended, loop))
         else:
             with suppress(RuntimeError):  # that loop is closed: nobody there can hear anything
                 loop.call_soon_threadsafe(self._set_alarm_there, loop)
@@ -184,6 +186,13 @@ class Slots:
             if self._alarms.get(loop) is me:
                 del self._alarms[loop]
         self._open()
+
+    def _alarm_ended(self, loop: asyncio.AbstractEventLoop, alarm: asyncio.Task[None]) -> None:
+        if alarm.cancelled():
+            # Somebody may have ended it alone, who meant all tasks: whoever still waits needs another.
+            if self._alarms.get(loop) is alarm:
+                del self._alarms[loop]
+            self._set_alarm_there(loop)
 
     def _open(self) -> None:
         with self.lock:

@@ -177,6 +177,26 @@ async def test_cancelled_callers_leave_no_alarm() -> None:
     assert policy.statistics().parked == 6
 
 
+@pytest.mark.parametrize("has_begun", [True, False])
+async def test_an_alarm_that_is_cancelled_alone_is_set_anew(has_begun: bool) -> None:
+    """Whoever cancels all tasks but the callers', which he shields, keeps none of them waiting for ever."""
+    async with FakeClock(autojump=True) as clock:
+        server = Server(clock, RateLimitError("x", retry_after=6))
+        policy = Concurrency(server.backend, "auto", clock=clock)
+        await refused(policy)
+        task = asyncio.create_task(policy.generate(ask()))
+        while not (alarms := [one for one in asyncio.all_tasks() if one.get_name() == "Concurrency.parked"]):
+            await asyncio.sleep(0)
+        if has_begun:
+            await asyncio.sleep(0)
+
+        alarms[0].cancel()
+
+        await task
+        assert server.came == [0, 6]
+        assert others() == set()
+
+
 async def test_a_higher_limit_lets_nobody_in_early() -> None:
     """Raising the limit while parked waits for the time, too."""
     clock = FakeClock()

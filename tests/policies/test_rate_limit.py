@@ -170,6 +170,29 @@ async def test_the_wait_is_told(streaming: bool) -> None:
     assert waits == [("rate_limit", pytest.approx(1)), ("attempt", 0)]
 
 
+async def test_a_wait_that_is_cut_short_is_told_too() -> None:
+    """Who is cancelled while he waits for his turn has waited until then, for whoever keeps a record of the call."""
+    waits: list[tuple[str, float]] = []
+
+    class Notes(Record):
+        def waited(self, where: str, seconds: float) -> None:
+            waits.append((where, seconds))
+
+        def attempt(self) -> AttemptRecord | None:
+            return None
+
+    async with FakeClock() as clock:
+        policy = RateLimit(ScriptedBackend("x", repeat=True), requests_per_minute=6, clock=clock)
+        await policy.generate(ask())
+        token = RECORD.set(Notes())
+        task = asyncio.create_task(policy.generate(ask()))
+        RECORD.reset(token)
+        await clock.advance(4)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert waits == [("rate_limit", pytest.approx(4))]
+
+
 async def test_the_highest_priority_goes_first_and_nobody_starves() -> None:
     """Within a minute the higher priority goes first; who has waited for longer than that goes before newcomers."""
     async with FakeClock() as clock:
