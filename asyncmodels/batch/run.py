@@ -6,6 +6,7 @@ a bounded buffer, so that a reader who is slow, or stops, makes the workers wait
 
 from __future__ import annotations
 
+import asyncio
 import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, Sized
@@ -108,6 +109,7 @@ class Run(AsyncIterable[Item]):
         self._began: float | None = None
         self._ended: float | None = None
         self._crew: Crew | None = None
+        self._over = asyncio.Event()
         # Not the generator itself, which the workers would keep alive: it must end when its reader drops it.
         self._items: weakref.ref[AsyncGeneratorType[Item, None]] | None = None
 
@@ -153,8 +155,13 @@ class Run(AsyncIterable[Item]):
     async def aclose(self) -> None:
         """Cancels what is in flight and lets go of everything. Closing twice is allowed."""
         self.cancel()
-        items = None if self._items is None else self._items()
-        if items is not None and not items.ag_running:
+        if self._items is None:
+            return
+        items = self._items()
+        if items is None:  # its reader has dropped it, and the event loop is closing it
+            if self._began is not None:
+                await self._over.wait()
+        elif not items.ag_running:
             await items.aclose()
 
     async def __aenter__(self) -> Self:
@@ -197,8 +204,11 @@ class Run(AsyncIterable[Item]):
                         self._judge(item)
         finally:
             self._ended = time.perf_counter()
-            if journal is not None:
-                await journal.aclose()
+            try:
+                if journal is not None:
+                    await journal.aclose()
+            finally:
+                self._over.set()
 
     def _watched(self) -> AbstractContextManager[object]:
         display = None if self._show is None else self._show()

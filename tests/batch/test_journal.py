@@ -552,6 +552,18 @@ async def test_a_run_that_nobody_reads_makes_no_file(path: Path) -> None:
     assert not path.exists()
 
 
+async def test_a_run_that_was_left_is_over_when_it_is_closed(path: Path) -> None:
+    """Whoever breaks out of it and closes it may have the journal at once; so may who never began."""
+    for _ in range(3):
+        run = Oracle().model.map([str(number) for number in range(100)], journal=path)
+        aiter(run)
+        await run.aclose()
+        async with Oracle().model.map([str(number) for number in range(100)], journal=path) as run:
+            async for _item in run:
+                break
+        records(path)
+
+
 async def test_a_run_that_is_cancelled_while_it_opens_its_journal(path: Path) -> None:
     """Nothing stays open: the next run may have it."""
     for steps in range(6):
