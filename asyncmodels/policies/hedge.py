@@ -36,7 +36,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HedgeStatistics:
     """``calls`` came in and led to ``hedged`` requests more, of which ``won`` answered first and ``running`` are on
-    their way; ``denied`` more would have been too many.
+    their way. For ``denied`` calls one more would have been one too many, at least for a while.
 
     ``wasted`` requests were cancelled, because another had won, or answered in vain: what they cost nobody said.
     ``after`` is how many seconds a call is waited for, just now, and ``after_stream`` a stream's first delta; None
@@ -83,7 +83,8 @@ class Hedge(Policy):
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         super().__init__(backend)
-        if isinstance(max_extra, bool) or not 0 < max_extra < math.inf:
+        number = isinstance(max_extra, int | float) and not isinstance(max_extra, bool)
+        if not (number and 0 < max_extra < math.inf):
             raise ConfigurationError(f"The max_extra of Hedge must be a share of more than 0, not {max_extra!r}.")
         for name, number in (("max_hedges", max_hedges), ("min_samples", min_samples)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
@@ -178,15 +179,15 @@ class Hedge(Policy):
             calls, self._counted = self._calls - self._counted, self._calls
             self._tokens = min(AT_ONCE, self._tokens + calls * self._max_extra)
             if self._tokens < 1 - 1e-9:
-                self._denied += 1
                 return False
             self._tokens -= 1
             self._hedged += 1
             return True
 
     def _count(self, race: Race[Any]) -> None:
-        if race.wasted or not race.first_won:
+        if race.wasted or race.denied or not race.first_won:
             with self._lock:
+                self._denied += race.denied
                 self._wasted += race.wasted
                 self._won += not race.first_won
 

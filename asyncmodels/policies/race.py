@@ -17,16 +17,19 @@ from asyncmodels.policies.timer import Timer, call_after
 
 __all__ = ["Race"]
 
+REFUSED_WAIT = 0.05
+"""Seconds, at least, from one refusal to the next question; each wait after that is twice as long."""
+
 T = TypeVar("T")
 
 
 class Race(Generic[T]):
     """One race, to be run once. Every ``after`` seconds ``other`` is asked to start one more attempt, until there are
-    ``most`` beside the first; it returns None where there must be none now. ``discard`` is told each good result that
-    is not taken.
+    ``most`` beside the first; it returns None where there must be none now, and is asked ever more rarely then.
+    ``discard`` is told each good result that is not taken.
 
-    Afterwards ``first_won`` says whose result it was, and ``wasted`` how many attempts were cancelled, or answered in
-    vain.
+    Afterwards ``first_won`` says whose result it was, ``wasted`` how many attempts were cancelled, or answered in
+    vain, and ``denied`` whether there was one that must not be.
     """
 
     __slots__ = (
@@ -40,6 +43,8 @@ class Race(Generic[T]):
         "_struck",
         "_task",
         "_timer",
+        "_wait",
+        "denied",
         "first_won",
         "wasted",
     )
@@ -54,6 +59,7 @@ class Race(Generic[T]):
     ) -> None:
         self._clock = clock
         self._after = after
+        self._wait = after
         self._other = other
         self._most = most
         self._discard = discard
@@ -62,6 +68,7 @@ class Race(Generic[T]):
         self._over = False
         self.first_won = True
         self.wasted = 0
+        self.denied = False
 
     async def run(self, first: Awaitable[T]) -> T:
         """The first good result; where there is none, what ``first`` raised. Nothing of the others is left then."""
@@ -114,11 +121,16 @@ class Race(Generic[T]):
         if self._over or self._struck:
             return
         other = self._other()
-        if other is not None:
+        if other is None:
+            # When a server stalls, all that is in flight is refused: asking at the same pace would keep the loop busy.
+            self.denied = True
+            self._wait = max(2 * self._wait, REFUSED_WAIT)
+        else:
+            self._wait = self._after
             self._others.append(other)
             other.add_done_callback(self._ended)
         if len(self._others) < self._most:
-            self._timer = call_after(self._clock, self._after, self._ring)
+            self._timer = call_after(self._clock, self._wait, self._ring)
 
     def _ended(self, other: asyncio.Task[T]) -> None:
         if _is_good(other) and not self._over and not self._struck:

@@ -596,6 +596,44 @@ async def test_the_extra_load_is_bounded(max_extra: float) -> None:
         assert now.denied > 100
 
 
+@both_ways
+@pytest.mark.parametrize("after", [0, 1e-4, 1.0])
+async def test_being_refused_does_not_keep_the_loop_busy(after: float, streaming: bool) -> None:
+    """A call that may not be sent twice asks for that ever more rarely, from 50 ms on, and is counted once."""
+    asked: list[float] = []
+
+    class Watched(Hedge):
+        def _may(self) -> bool:
+            asked.append(clock.time())
+            return super()._may()
+
+    async with FakeClock(autojump=True) as clock:
+        hedge = Watched(Server(clock, [(100, None)]), after=after, max_extra=0.5, clock=clock)
+        began = clock.time()
+        await answer(hedge, streaming)
+
+    waits = [later - sooner for sooner, later in zip([began, *asked], asked, strict=False)]
+    assert waits[0] == pytest.approx(after)
+    assert all(wait == pytest.approx(max(2 * last, 0.05)) for last, wait in zip(waits, waits[1:], strict=False))
+    assert 5 < len(asked) < 13
+    assert hedge.statistics().denied == 1
+
+
+async def test_a_refusal_is_no_last_word() -> None:
+    """A call that was refused is sent twice as soon as others have earned what that takes."""
+    async with FakeClock(autojump=True) as clock:
+        server = Server(clock, [(100, None), (0.5, None), (0.5, None)])
+        hedge = hedging(server, clock, 1.0, max_extra=0.5)
+        slow = asyncio.ensure_future(answer(hedge, False))
+        await clock.sleep(1.5)
+        assert len(server.came) == 1
+        await asyncio.gather(answer(hedge, False), answer(hedge, False))
+        await slow
+        assert clock.time() < 10
+        now = hedge.statistics()
+        assert (now.calls, now.hedged, now.won, now.denied) == (3, 1, 1, 1)
+
+
 async def test_what_is_saved_up_is_bounded() -> None:
     """A thousand calls that were fast allow ten at once, not fifty."""
     async with FakeClock(autojump=True) as clock:
@@ -755,6 +793,8 @@ async def test_it_tells_what_it_does() -> None:
         {"max_extra": 0},
         {"max_extra": math.nan},
         {"max_extra": True},
+        {"max_extra": "x"},
+        {"max_extra": None},
         {"max_hedges": 0},
         {"max_hedges": 1.5},
         {"min_samples": 0},
