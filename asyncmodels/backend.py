@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from asyncmodels.errors import ConfigurationError, UnsupportedError
@@ -32,6 +33,7 @@ __all__ = [
     "PolicyFactory",
     "Statistical",
     "compose",
+    "described",
     "links",
 ]
 
@@ -197,18 +199,28 @@ def compose(backend: Backend, *policies: Callable[[Backend], Backend]) -> Backen
     """
     for policy in reversed(policies):
         if not callable(policy):
-            raise ConfigurationError(f"A policy is a class or function that takes a backend, not {policy!r}.")
+            raise ConfigurationError(f"A policy is a class or function that takes a backend, not {described(policy)}.")
         try:
             wrapped = policy(backend)
         except TypeError as error:
             raise ConfigurationError(
-                f"The policy {policy!r} cannot be put around a backend: {error}. "
+                f"The policy {described(policy)} cannot be put around a backend: {error}. "
                 "Settings are given as in functools.partial(Concurrency, limit=8)."
             ) from error
         if not isinstance(wrapped, Backend):
-            raise ConfigurationError(f"The policy {policy!r} returned {type(wrapped).__name__}, not a Backend.")
+            raise ConfigurationError(
+                f"The policy {described(policy)} returned {type(wrapped).__name__}, not a Backend."
+            )
         backend = wrapped
     return backend
+
+
+def described(policy: object) -> str:
+    """A policy, or what is none, as errors show it: settings by their names only, since there may be secrets in them."""
+    if isinstance(policy, partial):
+        settings = [*("..." for _ in policy.args), *(f"{name}=..." for name in policy.keywords)]
+        return f"partial({', '.join([described(policy.func), *settings])})"
+    return getattr(policy, "__qualname__", None) or f"a value of type {type(policy).__name__}"
 
 
 def links(backend: Backend) -> Iterator[Backend]:

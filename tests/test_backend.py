@@ -17,9 +17,10 @@ from asyncmodels.backend import (
     compose,
     links,
 )
-from asyncmodels.errors import UnsupportedError
+from asyncmodels.errors import ConfigurationError, UnsupportedError
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
+from asyncmodels.remote.openai import OpenAIModel
 from asyncmodels.testing import EVERYTHING, ScriptedBackend
 from asyncmodels.types import (
     EBNF,
@@ -70,6 +71,34 @@ def test_links_ends_at_what_is_no_backend() -> None:
     odd = Odd()
 
     assert list(links(Retry(odd)))[1:] == [odd]
+
+
+URL = "redis://:hunter2@localhost/0"
+
+
+@pytest.mark.parametrize(
+    ("policy", "shown"),
+    [
+        (partial(Retry, nothing=URL), "The policy partial(Retry, nothing=...) cannot be put around a backend: "),
+        (partial(partial(Retry, URL), URL, clock=URL), "The policy partial(Retry, ..., ..., clock=...) cannot be put"),
+        (partial(lambda url, _: url, URL), "<lambda>, ...) returned str, not a Backend."),
+        (URL, "A policy is a class or function that takes a backend, not a value of type str."),
+    ],
+    ids=["unknown", "positional", "no backend", "no function"],
+)
+def test_what_is_no_policy_is_refused_without_its_secrets(policy: Any, shown: str) -> None:
+    """Errors name the policy and its settings, and show no value: there may be a password in it."""
+    with pytest.raises(ConfigurationError) as failure:
+        compose(ScriptedBackend(), policy)
+    assert shown in str(failure.value)
+    assert "hunter2" not in str(failure.value)
+
+
+def test_a_policy_in_place_of_the_list_is_shown_without_its_secrets() -> None:
+    """So does the default chain of remote models."""
+    one: Any = partial(Retry, nothing=URL)
+    with pytest.raises(ConfigurationError, match=r"policies is a list .* not partial\(Retry, nothing=\.\.\.\)\.$"):
+        OpenAIModel("m", api_key="k", api_base="http://127.0.0.1:1", policies=one)
 
 
 @pytest.mark.parametrize("policy", [Retry, partial(Concurrency, limit=1)])

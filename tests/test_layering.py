@@ -146,6 +146,7 @@ PARTS: Mapping[str, set[str]] = {
     "policies.disk_store": {"policies.cache_file", "policies.cache_store", "policies.threaded_store"},
     "policies.redis_store": {"policies.cache_store", "policies.cached_answer", "policies.threaded_store"},
     "policies.cache": {
+        "policies.address",
         "policies.cache_store",
         "policies.cached_answer",
         "policies.disk_store",
@@ -201,7 +202,12 @@ PARTS: Mapping[str, set[str]] = {
     "policies.limit_store": {"policies.limit_bucket"},
     "policies.limit_sqlite": {"policies.limit_bucket", "policies.limit_store"},
     "policies.limit_redis": {"policies.limit_bucket", "policies.limit_store"},
-    "policies.limit_sharing": {"policies.limit_redis", "policies.limit_sqlite", "policies.limit_store"},
+    "policies.limit_sharing": {
+        "policies.address",
+        "policies.limit_redis",
+        "policies.limit_sqlite",
+        "policies.limit_store",
+    },
     "policies.limit_line": {"policies.limit_bucket"},
     "policies.limit_gate": {"policies.limit_bucket", "policies.limit_line"},
     "policies.limit_shared": {

@@ -18,6 +18,7 @@ from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import AsyncModelsError, ClosedError, ConfigurationError
 from asyncmodels.fingerprint import differences, distance, fingerprint, read
 from asyncmodels.identity import canonical, identities, is_sampled, question
+from asyncmodels.policies.address import is_mistyped_address
 from asyncmodels.policies.cache_store import CacheStore, MemoryStore
 from asyncmodels.policies.cached_answer import Entry
 from asyncmodels.policies.disk_store import DiskStore
@@ -369,9 +370,12 @@ def _store_of(store: CacheStore | str | os.PathLike[str] | None) -> tuple[CacheS
         return MemoryStore(), True
     if isinstance(store, CacheStore):
         return store, False
-    if isinstance(store, str) and "://" in store:
-        raise ConfigurationError("A store on a server is made by its class: Cache(backend, store=RedisStore(url)).")
     if isinstance(store, str | os.PathLike):
+        path = os.fspath(store)
+        if "://" in path or is_mistyped_address(path):
+            raise ConfigurationError(
+                "A store on a server is made by its class, Cache(backend, store=RedisStore(url)); a text is a file's path."
+            )
         return DiskStore(store), True
     raise ConfigurationError(f"A Cache is kept in a CacheStore or at a path, not in a {type(store).__name__}.")
 

@@ -10,6 +10,7 @@ from asyncmodels.backend import Backend
 from asyncmodels.clock import Clock
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.identity import canonical, identities
+from asyncmodels.policies.address import is_mistyped_address
 from asyncmodels.policies.limit_sqlite import SQLiteLimitStore
 from asyncmodels.policies.limit_store import LimitStore
 
@@ -24,12 +25,14 @@ _SCHEMES = ("redis://", "rediss://", "unix://")
 def store_of(shared: Any, backend: Backend, clock: Clock) -> LimitStore:
     if isinstance(shared, LimitStore):
         return shared
-    is_url = isinstance(shared, str) and "://" in shared
-    if is_url or type(shared).__module__.partition(".")[0] == "redis":
-        if is_url and not shared.startswith(_SCHEMES):
+    is_url = isinstance(shared, str) and shared.startswith(_SCHEMES)
+    if isinstance(shared, str | os.PathLike) and not is_url:
+        path = os.fspath(shared)
+        if "://" in path or is_mistyped_address(path):
             raise ConfigurationError(
                 "RateLimit(shared=...) takes a URL that begins with redis://, rediss:// or unix://, or a file's path."
             )
+    if is_url or type(shared).__module__.partition(".")[0] == "redis":
         try:
             from asyncmodels.policies.limit_redis import RedisLimitStore
         except ImportError as error:

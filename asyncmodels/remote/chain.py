@@ -1,6 +1,6 @@
 """The default chain of remote models: the one place of this package that knows policies by name.
 
-Outermost first: cache, single flight, retry, budget, rate limit, concurrency. Retry, the rate limits that the server's
+Outermost first: cache, single flight, retry, budget, concurrency, rate limit. Retry, the rate limits that the server's
 headers tell, and the adaptive concurrency are always there; the others come with their keyword.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack, cast
 
-from asyncmodels.backend import Backend
+from asyncmodels.backend import Backend, described
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.cache import Cache
@@ -90,7 +90,7 @@ def remote_chain(**options: Unpack[ChainOptions]) -> Sequence[PolicyLike]:
     policies = options.get("policies")
     if policies is not None:
         if not isinstance(policies, Sequence):
-            raise ConfigurationError(f"policies is a list of policies, not {policies!r}.")
+            raise ConfigurationError(f"policies is a list of policies, not {described(policies)}.")
         unset = {"policies": policies, "retry": True, "cache": False}
         others = [name for name, value in options.items() if value is not None and value is not unset.get(name)]
         if others:
@@ -102,12 +102,14 @@ def remote_chain(**options: Unpack[ChainOptions]) -> Sequence[PolicyLike]:
         *_caching(options.get("cache")),
         *_retrying(options.get("retry", True), limit),
         *_budgeting(options.get("budget")),
+        # A call takes its tokens where nothing else is to be waited for: those that took them before would all go at
+        # once when the slots come free, after a stall or a Retry-After.
+        partial(Concurrency, limit=limit, park=True),
         partial(
             RateLimit,
             requests_per_minute=options.get("requests_per_minute"),
             tokens_per_minute=options.get("tokens_per_minute"),
         ),
-        partial(Concurrency, limit=limit, park=True),
     )
 
 
