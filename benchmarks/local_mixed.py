@@ -449,7 +449,7 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=32)
     parser.add_argument("--longest", type=int, default=600, help="tokens of the longest prompt")
     parser.add_argument("--most", type=int, default=128, help="the largest number of tokens that is asked for")
-    parser.add_argument("--over", type=float, default=5.0, help="seconds over which requests come")
+    parser.add_argument("--over", type=float, default=15.0, help="seconds over which requests come")
     parser.add_argument("--system", type=int, default=512, help="tokens of the common system prompt")
     parser.add_argument("--singles", type=int, default=3, help="how many requests smolagents answers in a round")
     parser.add_argument("--rounds", type=int, default=3)

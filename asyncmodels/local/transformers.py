@@ -116,8 +116,9 @@ class TransformersModel(LocalModel):
     ``max_batch_size`` requests run at once, and their KV memory stays within ``max_batch_tokens`` tokens (None: what
     the memory allows). ``max_queued`` more are queued (about ``max_queued_tokens`` tokens of prompts); the rest waits,
     or with ``when_full="raise"`` gets a QueueFullError. ``prefill_tokens`` bounds the prefill between two tokens of
-    those who decode. With ``share_weights`` all models of this process that are loaded the same way, and say so too,
-    use the same weights. After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
+    those who decode, or up to four times that where they are outnumbered by those who wait to begin. With
+    ``share_weights`` all models of this process that are loaded the same way, and say so too, use the same weights.
+    After ``max_restarts`` failures of the engine in a row it stays down (EngineDeadError).
 
     ``agent_weights`` gives some agents more of the engine than others where they compete (``{"grader": 2.0}``, or a
     function of the agent; 1 is everybody's). A request whose ``timeout`` runs out in the queue never starts. A step of

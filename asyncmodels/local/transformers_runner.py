@@ -33,8 +33,10 @@ from asyncmodels.local.weights import Weights, WeightsSpec, load_weights, shared
 __all__ = ["TransformersRunner"]
 
 _PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
-_NOBODY_WAITS = 4
-"""How many times as much a step prefills while nobody decodes, who would have to wait for it."""
+_PATIENCE = 4
+"""How many times as much a step prefills at most: while nobody decodes, and as many times as those who decode are
+outnumbered by those who wait to begin. The fewer steps there are until all decode, the fewer are taken with few rows.
+"""
 _PREFIX_SHARE = 0.1
 """How much of the free memory the prefix cache takes where nobody says; it never takes more than half of it."""
 _MEMORY_SHARE = 0.6
@@ -64,8 +66,9 @@ _NOTHING: Found[Segment] = Found()
 class TransformersRunner(Runner):
     """Runs one Transformers model.
 
-    ``prefill_tokens`` bounds the prefill of one step; None chooses by the device. ``prefix_cache_bytes`` bounds what is
-    kept for prompts that begin like earlier ones; None takes a tenth of the free memory, 0 keeps nothing.
+    ``prefill_tokens`` bounds the prefill of one step, times up to four where few decode and many wait; None chooses by
+    the device. ``prefix_cache_bytes`` bounds what is kept for prompts that begin like earlier ones; None takes a tenth
+    of the free memory, 0 keeps nothing.
     """
 
     resumes = True
@@ -227,7 +230,8 @@ class TransformersRunner(Runner):
 
     def _prefill(self) -> list[Output]:
         assert self._prefill_tokens is not None  # noqa: S101  # load() sets it
-        budget = self._prefill_tokens * (1 if self._rows else _NOBODY_WAITS)
+        share = len(self._pending) / len(self._rows) if self._rows else _PATIENCE
+        budget = int(self._prefill_tokens * min(max(1, share), _PATIENCE))
         ready = self._ready(budget)
         plan = plan_prefill([(item.done, item.rest - found.length) for item, found in ready], budget)
         together = [ready[index] for index in plan.together]

@@ -155,6 +155,28 @@ def test_hundreds_of_steps_with_turnover(monkeypatch: pytest.MonkeyPatch) -> Non
         assert sequence.output == other.output
 
 
+def test_the_more_wait_the_more_is_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where few decode and many wait a step prefills up to four times as much, otherwise no more than it may."""
+    runner = make_runner(build(CONFIGS["llama"]), monkeypatch)
+    busy = Sequence(id="busy", prompt=prompt(4), max_tokens=50)
+    live = {busy}
+    runner.insert([busy])
+    advance(runner, live)
+    waiting = [Sequence(id=str(length), prompt=prompt(length), max_tokens=50) for length in (20, 19, 18, 17, 16)]
+    runner.insert(waiting)
+    # 96 tokens are four prompts of up to 20; then 24 are the last one.
+    for begun in (4, 5):
+        advance(runner, live)
+        assert sum(bool(sequence.output) for sequence in waiting) == begun
+    long = Sequence(id="long", prompt=prompt(60), max_tokens=1)
+    runner.insert([long])
+    for done in (24, 48):
+        advance(runner, live)
+        assert [item.done for item in runner._pending] == [done]
+    advance(runner, live)
+    assert len(long.output) == 1
+
+
 def test_everybody_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that is cancelled, waiting or decoding, keeps no memory, and serves the next one."""
     runner = make_runner(build(CONFIGS["llama"]), monkeypatch)

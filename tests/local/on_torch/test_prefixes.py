@@ -147,9 +147,9 @@ def test_one_who_comes_while_the_first_is_under_way(monkeypatch: pytest.MonkeyPa
 def test_a_short_prompt_does_not_wait_for_a_long_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Behind a long prompt that has not begun, a short one with the same beginning goes first."""
     runner = make_runner(build(CONFIGS["llama"]), monkeypatch, prefill_tokens=90)
-    busy, blocking = ask(prompt(3), 60), ask(prompt(250), 4)
-    runner.insert([busy])
-    live = [busy, blocking]
+    busy, blocking = [ask(prompt(3 + index), 60) for index in range(3)], ask(prompt(250), 4)
+    runner.insert(busy)
+    live = [*busy, blocking]
     step(runner, live)
     long, short = ask(SYSTEM * 3, 2), ask(SYSTEM[:85], 2)
     runner.insert([blocking, long, short])
