@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncmodels.backend import Backend, Capabilities, Policy, compose
+    from asyncmodels.batch.export import export_journal
+    from asyncmodels.batch.file_journal import JSONLJournal, SQLiteJournal
     from asyncmodels.batch.item import Item
+    from asyncmodels.batch.journal import Journal
+    from asyncmodels.batch.reading import read_journal
     from asyncmodels.batch.run import Run
+    from asyncmodels.batch.salvage import salvage_journal
     from asyncmodels.batch.tally import RunStatistics
     from asyncmodels.callable import CallableModel
     from asyncmodels.errors import (
@@ -172,7 +177,9 @@ __all__ = [
     "InvalidRequestError",
     "InvalidResponseError",
     "Item",
+    "JSONLJournal",
     "JSONSchema",
+    "Journal",
     "JournalError",
     "LimitStoreError",
     "LiteLLMModel",
@@ -217,6 +224,7 @@ __all__ = [
     "RunError",
     "RunStatistics",
     "RunStoppedError",
+    "SQLiteJournal",
     "ServerError",
     "ServerTimeoutError",
     "SingleFlight",
@@ -245,7 +253,10 @@ __all__ = [
     "VLLMModel",
     "compose",
     "explain",
+    "export_journal",
     "load",
+    "read_journal",
+    "salvage_journal",
     "schemes",
 ]
 
@@ -273,6 +284,8 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "HfApiModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "InferenceClientModel": ("asyncmodels.remote.huggingface", "huggingface"),
     "Item": ("asyncmodels.batch.item", None),
+    "JSONLJournal": ("asyncmodels.batch.file_journal", None),
+    "Journal": ("asyncmodels.batch.journal", None),
     "LiteLLMModel": ("asyncmodels.remote.litellm", "litellm"),
     "LiteLLMRouterModel": ("asyncmodels.remote.litellm", "litellm"),
     "MLXModel": ("asyncmodels.local.mlx", "mlx"),
@@ -292,6 +305,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "RouteModel": ("asyncmodels.several", None),
     "Run": ("asyncmodels.batch.run", None),
     "RunStatistics": ("asyncmodels.batch.tally", None),
+    "SQLiteJournal": ("asyncmodels.batch.file_journal", None),
     "SingleFlight": ("asyncmodels.policies.single_flight", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
     "Spending": ("asyncmodels.policies.spending", None),
@@ -304,6 +318,9 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "TransformersModel": ("asyncmodels.local.transformers", "transformers"),
     "VLLMModel": ("asyncmodels.local.vllm", "vllm"),
     "explain": ("asyncmodels.explanation", None),
+    "export_journal": ("asyncmodels.batch.export", None),
+    "read_journal": ("asyncmodels.batch.reading", None),
+    "salvage_journal": ("asyncmodels.batch.salvage", None),
 }
 _MODULES = ("types", "errors", "backend", "registry")
 

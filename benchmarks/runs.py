@@ -121,9 +121,7 @@ def compare(count: int, rounds: int, kinds: list[str]) -> dict[str, dict[str, fl
     for kind, numbers in medians.items():
         print(f"{kind:10}", "  ".join(f"{name} {value:,.1f}" for name, value in numbers.items()))
     for kind in kinds[1:]:
-        ratios = [
-            own["items/s"] / plain["items/s"] for own, plain in zip(found[kind], found[kinds[0]], strict=True)
-        ]
+        ratios = [own["items/s"] / plain["items/s"] for own, plain in zip(found[kind], found[kinds[0]], strict=True)]
         print(f"throughput with {kind}: {statistics.median(ratios):.1%} of that without")
     return medians
 

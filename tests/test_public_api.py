@@ -66,7 +66,9 @@ NAMES = [
     "InvalidRequestError",
     "InvalidResponseError",
     "Item",
+    "JSONLJournal",
     "JSONSchema",
+    "Journal",
     "JournalError",
     "LimitStoreError",
     "LiteLLMModel",
@@ -111,6 +113,7 @@ NAMES = [
     "RunError",
     "RunStatistics",
     "RunStoppedError",
+    "SQLiteJournal",
     "ServerError",
     "ServerTimeoutError",
     "SingleFlight",
@@ -139,7 +142,10 @@ NAMES = [
     "VLLMModel",
     "compose",
     "explain",
+    "export_journal",
     "load",
+    "read_journal",
+    "salvage_journal",
     "schemes",
 ]
 

@@ -19,6 +19,8 @@ Record: TypeAlias = Callable[[Sequence[Item]], Awaitable[None]]
 
 _TOGETHER = 256
 """How many results are written down together at most."""
+_PACE = 0.025
+"""Seconds from one writing to the next, as long as many more answers are about to come: each costs something."""
 
 
 class Crew:
@@ -49,9 +51,13 @@ class Crew:
         self._reading: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._turn = _Turn() if ordered else None
+        self._answering = 0
         self._workers: set[asyncio.Task[None]] = set()
         self._results: asyncio.Queue[Item | None] = asyncio.Queue()
         self._unwritten = self._results
+        self._due = 0.0
+        self._held: list[Item] = []
+        """Those that wait for others to be written down with."""
         self._writer: asyncio.Task[None] | None = None
         if record is not None:
             self._unwritten = asyncio.Queue()
@@ -125,7 +131,11 @@ class Crew:
             if isinstance(taken, Item):
                 self._results.put_nowait(taken)
             else:
-                self._unwritten.put_nowait(await self._answer(taken))
+                self._answering += 1
+                try:
+                    self._unwritten.put_nowait(await self._answer(taken))
+                finally:
+                    self._answering -= 1
 
     async def _take(self) -> Entry | Item | None:
         async with self._taking:
@@ -180,7 +190,7 @@ class Crew:
             self._results.put_nowait(None)
         except asyncio.CancelledError:
             # The event loop is ending. What was answered was paid for.
-            left = [item for item in self._emptied() if item is not None]
+            left = [*self._held, *(item for item in self._emptied() if item is not None)]
             if left and not failed:
                 await record(left)
             raise
@@ -190,13 +200,20 @@ class Crew:
     async def _group(self) -> list[Item]:
         """Answers to write down together; none when no more can come."""
         first = await self._unwritten.get()
-        items = [] if first is None else [first]
-        while items and len(items) < _TOGETHER and not self._unwritten.empty():
+        if first is None:
+            return []
+        items = self._held = [first]
+        loop = asyncio.get_running_loop()
+        while loop.time() < self._due and self._unwritten.qsize() < self._answering // 8:  # noqa: ASYNC110  # see below
+            await asyncio.sleep(_PACE / 5)  # an event would be set for each answer, and cost more than this
+        self._due = loop.time() + _PACE
+        while len(items) < _TOGETHER and not self._unwritten.empty():
             more = self._unwritten.get_nowait()
             if more is None:
                 self._unwritten.put_nowait(None)
                 break
             items.append(more)
+        self._held = []
         return items
 
     def _emptied(self) -> Iterator[Item | None]:

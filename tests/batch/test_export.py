@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -109,8 +108,7 @@ async def test_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
     """What to install is said, before anything is asked."""
     monkeypatch.delitem(sys.modules, "asyncmodels.batch.frame", raising=False)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    asked: list[Any] = []
-    model = Model(ScriptedBackend(lambda request: asked.append(request) or "x", repeat=True))
+    backend = ScriptedBackend("x")
     with pytest.raises(MissingExtraError, match=r"asyncmodels\[pandas\]"):
-        await model.map(["a"]).to_pandas()
-    assert asked == []
+        await Model(backend).map(["a"]).to_pandas()
+    assert backend.requests == []

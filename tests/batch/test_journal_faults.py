@@ -64,11 +64,11 @@ async def test_a_journal_cut_in_the_middle_of_a_page(tmp_path: Path) -> None:
     """It is said in one sentence, with what to do; and salvaging gives back all that is left."""
     path, mended = tmp_path / "run.sqlite", tmp_path / "mended.sqlite"
     await ask(path)
-    size = path.stat().st_size  # noqa: ASYNC240  # a look at a file of the test's own
+    size = path.stat().st_size  # a look at a file of the test's own
     os.truncate(path, size // 2 + 1000)
     with pytest.raises(JournalError, match=r"is damaged \(.*\): salvage_journal"):
         await ask(path)
-    assert path.stat().st_size == size // 2 + 1000  # noqa: ASYNC240  # the same
+    assert path.stat().st_size == size // 2 + 1000  # the same
     saved = salvage_journal(path, mended)
     assert 0.3 * COUNT < saved.items == saved.answered < 0.7 * COUNT
     assert len(await ask(mended)) == COUNT - saved.items
@@ -81,9 +81,9 @@ async def test_noise_in_a_page(tmp_path: Path, page: int) -> None:
     path, mended = tmp_path / "run.sqlite", tmp_path / "mended.jsonl"
     await ask(path)
     whole = {id: record.answer for id, record in records(path).items()}
-    data = bytearray(path.read_bytes())  # noqa: ASYNC240  # the same
+    data = bytearray(path.read_bytes())  # the same
     data[page * 4096 : page * 4096 + 4096] = os.urandom(4096)
-    path.write_bytes(data)  # noqa: ASYNC240  # the same
+    path.write_bytes(data)  # the same
     with pytest.raises(JournalError, match=r"damaged.*salvage_journal|is no journal, or one that was damaged"):
         await ask(path)
     saved = salvage_journal(path, mended)
@@ -97,10 +97,9 @@ async def test_a_line_that_was_cut_off(tmp_path: Path, caplog: pytest.LogCapture
     """The half line at the end is taken off and said; its item is asked again."""
     path = tmp_path / "run.jsonl"
     await ask(path, 10)
-    *_, last, _ = path.read_bytes().split(b"\n")  # noqa: ASYNC240  # the same
-    lines = path.read_bytes().splitlines(keepends=True)  # noqa: ASYNC240  # the same
+    lines = path.read_bytes().splitlines(keepends=True)  # the same
     kept = [line for line in lines if b'"id"' in line or b"asyncmodels" in line]
-    path.write_bytes(b"".join(kept)[:-20])  # noqa: ASYNC240  # the same
+    path.write_bytes(b"".join(kept)[:-20])  # the same
     with caplog.at_level(logging.WARNING, "asyncmodels"):
         assert len(await ask(path, 10)) == 1
     assert "ended in the middle of a line" in caplog.text
@@ -111,9 +110,9 @@ async def test_a_line_that_is_none(tmp_path: Path) -> None:
     """One in the middle is damage: its number is named, and the others can be saved."""
     path, mended = tmp_path / "run.jsonl", tmp_path / "mended.sqlite"
     await ask(path, 10)
-    lines = path.read_bytes().splitlines(keepends=True)  # noqa: ASYNC240  # the same
+    lines = path.read_bytes().splitlines(keepends=True)  # the same
     lines[3] = b'{"id": "item 1", "answ\x00\xff\n'
-    path.write_bytes(b"".join(lines))  # noqa: ASYNC240  # the same
+    path.write_bytes(b"".join(lines))  # the same
     with pytest.raises(JournalError, match="line 4 is none of ours"):
         await ask(path, 10)
     with pytest.raises(JournalError, match="line 4 is none of ours"):
@@ -126,7 +125,7 @@ async def test_a_line_that_is_none(tmp_path: Path) -> None:
 async def test_a_file_of_a_run_that_was_killed_at_once(tmp_path: Path, begin: bytes) -> None:
     """What a kill leaves of the first line is a new journal."""
     path = tmp_path / "run.jsonl"
-    path.write_bytes(begin)  # noqa: ASYNC240  # the same
+    path.write_bytes(begin)  # the same
     assert len(await ask(path, 3)) == 3
     assert len(records(path)) == 3
 
@@ -138,7 +137,7 @@ async def test_files_of_others(path: Path, content: bytes) -> None:
     with pytest.raises(JournalError, match=r"no journal|damaged"):
         await ask(path)
     assert path.read_bytes() == content  # noqa: ASYNC240  # the same
-    assert sorted(each.name for each in path.parent.iterdir()) == [path.name]  # noqa: ASYNC240  # the same
+    assert sorted(each.name for each in path.parent.iterdir()) == [path.name]  # the same
 
 
 async def test_the_database_of_another_program(tmp_path: Path) -> None:
@@ -206,14 +205,14 @@ async def test_a_full_disk(small: Path, suffix: str) -> None:
 
     async def read() -> None:
         async for item in oracle.model.map(inputs(), journal=path, progress=False, concurrency=20):
-            came.append(item.id)
+            came.append(item.id)  # noqa: PERF401  # some come before it raises
 
     with pytest.raises(JournalError, match="cannot be written: the disk is full"):
         await read()
     assert len(came) == len(set(came)) == len(oracle.asked) < COUNT
     kept = records(path)
     assert 0 < len(kept) < len(came)
-    subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)
+    subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)  # noqa: ASYNC221  # nothing else runs here
     assert len(await ask(path, oracle=Oracle(size=2000))) == COUNT - len(kept)
     assert len(records(path)) == COUNT
 
@@ -222,7 +221,7 @@ async def test_a_folder_that_cannot_be_written_to(small: Path, path: Path) -> No
     """One sentence, before anything is asked; and a journal there can still be read."""
     place = small / path.name
     await ask(place, 3)
-    subprocess.run(["mount", "-o", "remount,ro", small], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", small], check=True)  # noqa: ASYNC221  # nothing else runs here
     oracle = Oracle()
     for name in (place, small / f"new{path.suffix}"):
         with pytest.raises(JournalError, match=r"cannot be opened: .*[Rr]ead-only"):

@@ -139,10 +139,12 @@ def test_where_nobody_looks_nothing_is_shown(monkeypatch: pytest.MonkeyPatch) ->
     assert made(False) is None
     assert made(None) is None
     lines = made(True)
-    assert isinstance(lines, progress._Lines) and lines.delay == 0.0
+    assert isinstance(lines, progress._Lines)
+    assert lines.delay == 0.0
     monkeypatch.setenv("CI", "true")
     lines = made(None)
-    assert isinstance(lines, progress._Lines) and lines.delay == lines.every == 30.0
+    assert isinstance(lines, progress._Lines)
+    assert lines.delay == lines.every == 30.0
     monkeypatch.setenv("CI", "0")
     assert made(None) is None
 
@@ -184,14 +186,20 @@ def test_in_a_notebook_there_is_a_widget(monkeypatch: pytest.MonkeyPatch) -> Non
 
     shown: list[HTML] = []
     handle = types.SimpleNamespace(update=shown.append)
-    monkeypatch.setattr(progress_notebook, "display", lambda html, display_id: shown.append(html) or handle)
+
+    def display(html: HTML, display_id: bool) -> object:
+        shown.append(html)
+        return handle
+
+    monkeypatch.setattr(progress_notebook, "display", display)
     monkeypatch.setattr(IPython, "get_ipython", lambda: types.SimpleNamespace(kernel=object()))
     widget = made(None)
     assert isinstance(widget, progress_notebook.Widget)
     widget.show(VIEW)
     widget.show(replace(VIEW, ended=True, currency="<b>"))
     assert len(shown) == 2
-    assert 'value="0.2500"' in str(shown[0].data) and "250/1,000 25%" in str(shown[0].data)
+    assert 'value="0.2500"' in str(shown[0].data)
+    assert "250/1,000 25%" in str(shown[0].data)
     assert "&lt;b&gt;" in str(shown[1].data)
     monkeypatch.setattr(IPython, "get_ipython", lambda: object())
     assert not isinstance(made(None), progress_notebook.Widget)
@@ -213,7 +221,9 @@ def test_richs_bar() -> None:
     bar.close()
     bar.close()
     text = stream.getvalue()
-    assert "━" in text and "250/1,000" in text and "10\xa0failed" in text
+    assert "━" in text
+    assert "250/1,000" in text
+    assert "10\xa0failed" in text
     assert text.rstrip().endswith("\x1b[?25h")
 
 
@@ -243,10 +253,12 @@ async def test_rates_and_what_is_left() -> None:
             now.append(replace(begin, succeeded=150, usage=Usage(100, 900)))
             await clock.advance(30.0)
     last = display.views[-1]
-    assert last.ended and display.closed == 1
+    assert last.ended
+    assert display.closed == 1
     assert (last.requests_per_minute, last.tokens_per_minute) == (200.0, 2000.0)
     assert last.seconds_left == 850 / 200 * 60
-    assert not display.views[0].ended and display.views[0].seconds_left is None
+    assert not display.views[0].ended
+    assert display.views[0].seconds_left is None
 
 
 async def test_rates_are_of_the_last_minute() -> None:
@@ -270,7 +282,8 @@ async def test_what_the_links_tell() -> None:
     def reply(request: Request) -> Response:
         return Response(content="x", finish_reason="stop", usage=Usage(2, 0))
 
-    asked = Model(ScriptedBackend(reply, repeat=True), priced, partial(Concurrency, limit=8), defaults={"max_tokens": 1})
+    limited = partial(Concurrency, limit=8)
+    asked = Model(ScriptedBackend(reply, repeat=True), priced, limited, defaults={"max_tokens": 1})
     await asked.generate("before")
     views: list[View] = []
     await asked.map(["a", "b", "c"], limit=2, progress=views.append).results()
@@ -328,7 +341,8 @@ async def test_a_run_that_is_left_is_shown_no_longer(monkeypatch: pytest.MonkeyP
     async for _ in run:
         break
     await run.aclose()
-    assert display.views[-1].ended and display.closed == 1
+    assert display.views[-1].ended
+    assert display.closed == 1
 
 
 def test_without_a_loop(capsys: pytest.CaptureFixture[str]) -> None:
