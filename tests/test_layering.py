@@ -288,10 +288,12 @@ FOREIGN: Mapping[str, set[str]] = {
 }
 """Packages of others, imported at the top of the leaf that owns them."""
 FOREIGN_LAZY: Mapping[str, set[str]] = {
+    "batch.run": {"pandas"},
     "formats": {"jsonschema", "pydantic", "referencing"},
     "images": {"PIL"},
     "policies.prices": {"genai_prices"},
     "policies.telemetry": {"opentelemetry"},
+    "sync": {"pandas"},
     "tools": {"griffe", "pydantic"},
 }
 """Those that cost more than the module that needs them, and that most programs never need."""
