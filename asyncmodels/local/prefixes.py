@@ -30,8 +30,8 @@ class Prefixes:
     def capacity(self) -> int:
         return self._tree.capacity
 
-    def find(self, sequence: Sequence) -> Found[Segment]:
-        return self._tree.find(sequence.cache_salt, sequence.prompt)
+    def find(self, salt: str | None, tokens: tuple[int, ...]) -> Found[Segment]:
+        return self._tree.find(salt, tokens)
 
     def begin(self, found: Rows[Found[Segment]], counts: Rows[int]) -> BatchCache:
         """A cache whose rows begin with the first so many tokens of what was found for each, right-aligned."""
@@ -52,7 +52,8 @@ class Prefixes:
 
     def used(self, sequence: Sequence, count: int) -> None:
         """Notes that ``sequence`` began with ``count`` tokens that were found."""
-        sequence.cached = count
+        if sequence.cached is None:  # who begins again, queued a second time, finds what he left himself
+            sequence.cached = count
         self._lookups += 1
         self._hits += count > 0
         self._reused += count

@@ -255,7 +255,7 @@ class TransformersRunner(Runner):
             return [(item, _NOTHING) for item in self._pending]
         ready: list[_Ready] = []
         for item in sorted(self._pending, key=lambda item: not item.done):
-            found = _NOTHING if item.done else self._prefixes.find(item.sequence)
+            found = _NOTHING if item.done else self._prefixes.find(item.sequence.cache_salt, item.tokens)
             short = item.rest - found.length <= budget
             goal = found.length + _WORTH_WAITING
             if (
@@ -348,7 +348,7 @@ class TransformersRunner(Runner):
         else:
             self._cache.join(cache)
         self._rows += sequences
-        self._lengths += [len(sequence.prompt) for sequence in sequences]
+        self._lengths += [sequence.length for sequence in sequences]
 
     # -- the model ----------------------------------------------------------------------------------------------------
 

@@ -312,6 +312,25 @@ def test_a_row_that_failed_is_not_remembered(monkeypatch: pytest.MonkeyPatch) ->
         assert again.cached == cached
 
 
+def test_who_is_queued_again_begins_where_he_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that left in the middle of its answer and comes again finds that, says the same, and counts once."""
+    model = build(CONFIGS["llama"])
+    runner = make_runner(model, monkeypatch)
+    sequence = ask(prompt(60), 30)
+    live = [sequence]
+    runner.insert(live)
+    while len(sequence.output) < 20:
+        step(runner, live)
+    runner.remove(live)
+    before = counted(runner)
+    assert answer(runner, sequence) == [alone(model, sequence)]
+    assert counted(runner) - before == 1
+    assert sequence.cached == 0
+    again = ask((*sequence.prompt, *sequence.output, 3), 2)
+    answer(runner, again)
+    assert again.cached == 60 + 30 - 1
+
+
 def test_reset_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a step has broken, nothing from before is used."""
     runner = make_runner(build(CONFIGS["llama"]), monkeypatch)
