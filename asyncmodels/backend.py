@@ -216,7 +216,7 @@ def compose(backend: Backend, *policies: Callable[[Backend], Backend]) -> Backen
 
 
 def described(policy: object) -> str:
-    """A policy, or what is none, as errors show it: settings by their names only, since there may be secrets in them."""
+    """A policy, or what is none, as errors show it: settings by their names only, for there may be secrets in them."""
     if isinstance(policy, partial):
         settings = [*("..." for _ in policy.args), *(f"{name}=..." for name in policy.keywords)]
         return f"partial({', '.join([described(policy.func), *settings])})"

@@ -73,14 +73,18 @@ def test_links_ends_at_what_is_no_backend() -> None:
     assert list(links(Retry(odd)))[1:] == [odd]
 
 
-URL = "redis://:hunter2@localhost/0"
+URL: Any = "redis://:hunter2@localhost/0"
+UNCHECKED: Any = Retry
 
 
 @pytest.mark.parametrize(
     ("policy", "shown"),
     [
-        (partial(Retry, nothing=URL), "The policy partial(Retry, nothing=...) cannot be put around a backend: "),
-        (partial(partial(Retry, URL), URL, clock=URL), "The policy partial(Retry, ..., ..., clock=...) cannot be put"),
+        (partial(UNCHECKED, nothing=URL), "The policy partial(Retry, nothing=...) cannot be put around a backend: "),
+        (
+            partial(partial(UNCHECKED, URL), URL, clock=URL),
+            "The policy partial(Retry, ..., ..., clock=...) cannot be put",
+        ),
         (partial(lambda url, _: url, URL), "<lambda>, ...) returned str, not a Backend."),
         (URL, "A policy is a class or function that takes a backend, not a value of type str."),
     ],
@@ -96,7 +100,7 @@ def test_what_is_no_policy_is_refused_without_its_secrets(policy: Any, shown: st
 
 def test_a_policy_in_place_of_the_list_is_shown_without_its_secrets() -> None:
     """So does the default chain of remote models."""
-    one: Any = partial(Retry, nothing=URL)
+    one: Any = partial(UNCHECKED, nothing=URL)
     with pytest.raises(ConfigurationError, match=r"policies is a list .* not partial\(Retry, nothing=\.\.\.\)\.$"):
         OpenAIModel("m", api_key="k", api_base="http://127.0.0.1:1", policies=one)
 

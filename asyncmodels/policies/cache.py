@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from types import TracebackType
 from typing import Any, Literal, TypeAlias, get_args
+from weakref import WeakValueDictionary
 
 from asyncmodels.answers import decode, encode
 from asyncmodels.backend import Backend, Policy
@@ -33,6 +34,7 @@ GOOD: tuple[FinishReason, ...] = ("stop", "tool_calls", "length")
 
 _FORMAT = 1  # part of every key: a new way of writing down a question never finds the answer to an old one
 _NEAREST_OF = 1000
+_IN_VAIN = 100  # so many calls that were all left alone, and somebody should be told
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,8 @@ class Cache(Policy):
     """Gives an answer again where everything that decides it is the same: the request, the model, the endpoint.
 
     Left alone, and counted as bypassed, are requests that are sampled, for whom an answer is one of many: those with
-    neither ``temperature=0`` nor a ``seed`` nor ``top_k=1``. With ``sampled=True`` they are cached, too. To have n
+    neither ``temperature=0`` nor a ``seed`` nor ``top_k=1``, as calls are that set nothing. A cache whose first hundred
+    calls were all like that says so in the log. With ``sampled=True`` they are cached, too. To have n
     different samples of one prompt, number them by ``metadata={"epoch": n}`` in the call, or by ``epoch`` here for all
     calls that have no number of their own.
 
@@ -86,9 +89,9 @@ class Cache(Policy):
     sees the same answers.
 
     Only good answers are kept: those that ended for one of the reasons in ``keep`` and that satisfy their
-    ``response_format``. A stream is kept once it was read to its end; what was answered to ``generate`` serves streams,
-    as one delta, and the other way round. A Response from the cache says so (``cached``), took no attempts and has no
-    ``raw``.
+    ``response_format``. A stream is kept once it was read to its finish reason; what was answered to ``generate``
+    serves streams, as one delta, and the other way round. A Response from the cache says so (``cached``), took no
+    attempts and has no ``raw``. Of many calls that ask the same at a time one stores the answer.
 
     A backend that does not say who it is (a function, a route among several) needs a ``namespace``, a name for whose
     answers these are; otherwise one is not needed, and keeps apart what is given different ones.
@@ -112,6 +115,8 @@ class Cache(Policy):
         super().__init__(backend)
         if ttl is not None and (isinstance(ttl, bool) or not isinstance(ttl, int | float) or not ttl > 0):
             raise ConfigurationError(f"The ttl of a Cache is a number of seconds above 0, or None, not {ttl!r}.")
+        if not isinstance(sampled, bool):
+            raise ConfigurationError(f"Cache(sampled=...) is True or False, not {sampled!r}.")
         if isinstance(keep, str) or not set(keep) <= set(get_args(FinishReason)) - {"error"}:
             raise ConfigurationError("Cache(keep=...) takes finish reasons other than 'error', such as ('stop',).")
         self._who = {"format": _FORMAT, "namespace": namespace, "chain": _identified(backend, namespace)}
@@ -128,6 +133,7 @@ class Cache(Policy):
         self._closed = False
         self._hits = self._misses = self._bypassed = self._stored = self._refused = self._errors = 0
         self._last_error: str | None = None
+        self._keeping: WeakValueDictionary[bytes, _Keeping] = WeakValueDictionary()
 
     async def generate(self, request: Request, /) -> Response:
         asked = self._asked(request)
@@ -136,8 +142,9 @@ class Cache(Policy):
         found = await self._found(asked)
         if found is not None:
             return found
+        keeping = self._kept_by(asked)
         response = await self.backend.generate(request)
-        await self._keep(asked, response)
+        await self._keep(asked, response, keeping)
         return response
 
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
@@ -203,9 +210,16 @@ class Cache(Policy):
     def _asked(self, request: Request) -> _Asked | None:
         if self._closed:
             raise ClosedError("This cache was closed.")
-        asked = None if is_sampled(request) and not self._sampled else self._question(request)
+        sampled = is_sampled(request) and not self._sampled
+        asked = None if sampled else self._question(request)
         if asked is None:
             self._bypassed += 1
+            if sampled and self._bypassed == _IN_VAIN and not self._hits + self._misses:
+                logger.warning(
+                    "A cache has left its first %d calls alone, because they are sampled: give them temperature=0 or a "
+                    "seed=, or make it with Cache(sampled=True).",
+                    _IN_VAIN,
+                )
         return asked
 
     def _question(self, request: Request) -> _Asked | None:
@@ -243,7 +257,16 @@ class Cache(Policy):
         self._misses += 1
         return None
 
-    async def _keep(self, asked: _Asked, response: Response) -> None:
+    def _kept_by(self, asked: _Asked) -> _Keeping:
+        """Who stores the answer that is asked for now: one of all those who ask the same until it is being stored."""
+        keeping = self._keeping.get(asked.key)
+        if keeping is None or keeping.begun:
+            keeping = self._keeping[asked.key] = _Keeping()
+        return keeping
+
+    async def _keep(self, asked: _Asked, response: Response, keeping: _Keeping) -> None:
+        if keeping.begun:
+            return
         if not self._is_good(asked.request, response):
             self._refused += 1
             return
@@ -252,10 +275,14 @@ class Cache(Policy):
         except (TypeError, ValueError, RecursionError):
             self._refused += 1
             return
+        keeping.begun = True
         try:
             entry = Entry(answer, self._fingerprint(asked.request), self._clock.wall_time())
             await self._store.put(asked.key, entry)
-        except Exception as error:
+        except BaseException as error:
+            keeping.begun = False
+            if not isinstance(error, Exception):
+                raise
             self._failed(error)
             return
         self._stored += 1
@@ -292,6 +319,15 @@ class _Asked:
     request: Request
 
 
+class _Keeping:
+    """The answer to one question, for all who wait for it at a time: whether one of them has begun to store it."""
+
+    __slots__ = ("__weakref__", "begun")
+
+    def __init__(self) -> None:
+        self.begun = False
+
+
 class _CachedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
     """One stream: a whole answer out of the store, or that of the backend, which fills it."""
 
@@ -304,15 +340,23 @@ class _CachedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         found = await self._cache._found(self._asked)
         if found is not None:
             return _Replay(found.as_delta())
+        keeping = self._cache._kept_by(self._asked)
         inner = self._cache.backend.stream(self._asked.request)
         deltas = await inner.__aenter__()
         self._inner = inner
-        return _Filling(self._cache, self._asked, deltas)
+        self._filling = _Filling(self._cache, self._asked, keeping, deltas)
+        return self._filling
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        return None if self._inner is None else await self._inner.__aexit__(kind, error, traceback)
+        if self._inner is None:
+            return None
+        suppressed = await self._inner.__aexit__(kind, error, traceback)
+        # What the reader raised himself takes nothing from the answer; a cancel is not kept waiting by the store.
+        if error is None or isinstance(error, Exception):
+            await self._filling.left()
+        return suppressed
 
 
 class _Replay(AsyncIterator[Delta]):
@@ -327,11 +371,13 @@ class _Replay(AsyncIterator[Delta]):
 
 
 class _Filling(AsyncIterator[Delta]):
-    """The deltas of the backend; what they add up to is kept when they come to their end, and only then."""
+    """The deltas of the backend; what they add up to is kept when they come to their end, or are left at it."""
 
-    def __init__(self, cache: Cache, asked: _Asked, deltas: AsyncIterator[Delta]) -> None:
+    def __init__(self, cache: Cache, asked: _Asked, keeping: _Keeping, deltas: AsyncIterator[Delta]) -> None:
         self._cache = cache
         self._asked = asked
+        self._keeping = keeping
+        self._finished = False
         self._next = deltas.__anext__
         self._builder: ResponseBuilder | None = ResponseBuilder()
 
@@ -340,16 +386,24 @@ class _Filling(AsyncIterator[Delta]):
         try:
             delta = await self._next()
         except StopAsyncIteration:
-            self._builder = None
-            if builder is not None:
-                await self._cache._keep(self._asked, builder.response())
+            await self._keep()
             raise
         except BaseException:
             self._builder = None
             raise
         if builder is not None:
             builder.add(delta)
+            self._finished = self._finished or delta.finish_reason is not None
         return delta
+
+    async def left(self) -> None:
+        if self._finished:  # the last delta of an answer says why it ended
+            await self._keep()
+
+    async def _keep(self) -> None:
+        builder, self._builder = self._builder, None
+        if builder is not None:
+            await self._cache._keep(self._asked, builder.response(), self._keeping)
 
 
 def _identified(backend: Backend, namespace: str | None) -> tuple[Mapping[str, Any], ...] | None:
@@ -374,7 +428,8 @@ def _store_of(store: CacheStore | str | os.PathLike[str] | None) -> tuple[CacheS
         path = os.fspath(store)
         if "://" in path or is_mistyped_address(path):
             raise ConfigurationError(
-                "A store on a server is made by its class, Cache(backend, store=RedisStore(url)); a text is a file's path."
+                "A store on a server is made by its class, Cache(backend, store=RedisStore(url)); a text is the "
+                "path of a file."
             )
         return DiskStore(store), True
     raise ConfigurationError(f"A Cache is kept in a CacheStore or at a path, not in a {type(store).__name__}.")

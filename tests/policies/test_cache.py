@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.cache_store import CacheStore, MemoryStore, StoreError
 from asyncmodels.policies.cached_answer import Entry, pack, unpack
 from asyncmodels.policies.disk_store import DiskStore
-from asyncmodels.testing import FakeClock, ScriptedBackend
+from asyncmodels.policies.single_flight import SingleFlight
+from asyncmodels.testing import Delay, FakeClock, ScriptedBackend
 from asyncmodels.types import (
     Delta,
     FinishReason,
@@ -223,6 +225,29 @@ async def test_sampled_requests_are_left_alone_unless_asked_for(way: str) -> Non
     assert await twice(Cache(numbered(), sampled=True)) == ["1", "1"]
 
 
+@pytest.mark.parametrize("way", ["generate", "stream"])
+async def test_a_cache_that_only_sees_sampled_requests_says_so_once(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """After a hundred calls that were all left alone the log says what to do, in one line."""
+    cache = Cache(numbered())
+    call = cache.generate if way == "generate" else partial(collect, cache)
+    for _ in range(99):
+        await call(ask(temperature=None))
+    assert caplog.records == []
+    for _ in range(200):
+        await call(ask(temperature=None))
+    (line,) = caplog.records
+    assert (line.name, line.levelname) == ("asyncmodels.policies.cache", "WARNING")
+    assert all(words in line.getMessage() for words in ("temperature=0", "seed=", "Cache(sampled=True)"))
+
+
+async def test_a_cache_that_sees_others_too_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """One that has looked up a single call is of use."""
+    cache = Cache(numbered())
+    for n in range(150):
+        await cache.generate(ask() if n == 0 else ask(temperature=None))
+    assert caplog.records == []
+
+
 async def test_epochs_are_different_samples() -> None:
     """Numbers in the metadata, or the cache's own, keep several samples of one prompt, each of which is found again."""
     store = MemoryStore()
@@ -329,6 +354,97 @@ async def test_a_stream_that_is_left_early_is_not_kept() -> None:
     assert backend.running == 0
     assert cache.statistics().stored == 0
     assert str(await cache.generate(ask())) == "again"
+
+
+class MineError(Exception):
+    """What a reader raises himself."""
+
+
+@pytest.mark.parametrize("leave", ["break", "raise"])
+async def test_a_stream_that_is_left_at_its_finish_reason_is_kept(leave: str) -> None:
+    """Whoever has the whole answer may leave without asking for what comes after its last delta."""
+    backend = ScriptedBackend("Hello there")
+    cache = Cache(backend)
+    with suppress(MineError):
+        async with cache.stream(ask()) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason is not None and leave == "raise":
+                    raise MineError
+                if delta.finish_reason is not None:
+                    break
+    assert (backend.running, cache.statistics().stored) == (0, 1)
+    answer = await cache.generate(ask())
+    assert (str(answer), answer.finish_reason, answer.usage) == ("Hello there", "stop", Usage(1, 2))
+
+
+async def test_a_stream_that_is_cancelled_at_its_finish_reason_is_not_kept() -> None:
+    """A cancel is not kept waiting by the store."""
+    store = Slow()
+    store.wait_in = "put"
+    cache = Cache(ScriptedBackend("Hello there"), store=store)
+    at_the_end = asyncio.Event()
+
+    async def read() -> None:
+        async with cache.stream(ask()) as deltas:
+            async for delta in deltas:
+                if delta.finish_reason is not None:
+                    at_the_end.set()
+                    await asyncio.Event().wait()
+
+    task = asyncio.create_task(read())
+    await at_the_end.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not store.putting.is_set()
+    assert cache.statistics().stored == 0
+
+
+@pytest.mark.parametrize("way", ["generate", "stream"])
+@pytest.mark.parametrize("where", ["memory", "disk"])
+async def test_callers_who_share_an_answer_store_it_once(way: str, where: str, tmp_path: Path) -> None:
+    """A thousand callers of one call below the cache fill the store once, and later questions begin anew."""
+    store = tmp_path / "answers.db" if where == "disk" else None
+    backend = ScriptedBackend(Delay(0.01), "a", "b", repeat=True)
+    chain = Cache(SingleFlight(backend), store=store)
+    call = chain.generate if way == "generate" else partial(collect, chain)
+    answers = await asyncio.gather(*(call(ask()) for _ in range(1000)))
+    assert {str(answer) for answer in answers} == {"a"}
+    assert (len(backend.requests), chain.statistics().misses, chain.statistics().stored) == (1, 1000, 1)
+
+    await chain.forget(ask())
+    assert str(await call(ask())) == "b"
+    assert chain.statistics().stored == 2
+    assert (await call(ask())).cached
+    await chain.aclose()
+
+
+async def test_when_one_cannot_store_the_next_does() -> None:
+    """One who goes away while he stores the answer leaves that to the next of those who asked with him."""
+    gates: list[asyncio.Event] = []
+
+    async def gated(_: Sequence[Message]) -> str:
+        gate = asyncio.Event()
+        gates.append(gate)
+        await gate.wait()
+        return "a"
+
+    store = Slow()
+    store.wait_in = "put"
+    cache = Cache(CallableBackend(gated), store=store, namespace="n")
+    first, second = (asyncio.create_task(cache.generate(ask())) for _ in range(2))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    gates[0].set()
+    await store.putting.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    store.wait_in = ""
+    gates[1].set()
+    assert not (await second).cached
+    assert cache.statistics().stored == 1
+    assert (await cache.generate(ask())).cached
 
 
 async def test_a_stream_is_kept_as_its_deltas_add_up() -> None:
@@ -628,6 +744,8 @@ async def test_a_path_makes_a_file_that_is_closed_with_the_cache(tmp_path: Path)
     [
         ({"ttl": 0}, "ttl"),
         ({"ttl": True}, "ttl"),
+        ({"sampled": "no"}, "sampled"),
+        ({"sampled": 1}, "sampled"),
         ({"keep": "stop"}, "keep"),
         ({"keep": ("error",)}, "keep"),
         ({"namespace": ""}, "namespace"),
