@@ -7,6 +7,7 @@ collected during a round and every event loop is woken at most once for it. With
 from __future__ import annotations
 
 import atexit
+import gc
 import queue
 import threading
 import traceback
@@ -220,6 +221,7 @@ class Worker:
             keys=settings.keys,
             name=settings.name,
         )
+        _settle()
         ready = Ready(info, encoder, scheduler)
         self.ready.set(ready)
         return ready
@@ -479,6 +481,20 @@ class Worker:
 def restart_pause(restarts: int) -> float:
     """How many seconds to wait before one more restart, after so many in a row."""
     return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (restarts - 1)) if restarts else 0.0
+
+
+_settled = threading.Event()
+
+
+def _settle() -> None:
+    """Looks through all objects once, after the first load of the process.
+
+    The imports of a runtime bring half a million objects, and looking through them stops every thread for half a
+    second. Loading is full of such stops; one that is still due would come in the midst of the first requests.
+    """
+    if not _settled.is_set():
+        _settled.set()
+        gc.collect()
 
 
 def _closed() -> ClosedError:
