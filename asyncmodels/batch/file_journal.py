@@ -310,8 +310,12 @@ def _who(asker: Asker, namespace: str | None) -> dict[str, Any]:
             "This model has no name and its backend does not say whose answers it gives, so a journal could not tell "
             'them from another one\'s: give SQLiteJournal(path, namespace="...") the name and version of the model.'
         )
-    chain = None if asker.chain is None else [dict(link) for link in asker.chain]
-    return {"format": _FORMAT, "namespace": namespace, "model": asker.model_id, "chain": chain}
+    who = {"format": _FORMAT, "namespace": namespace, "model": asker.model_id, "chain": asker.chain}
+    try:
+        plain: dict[str, Any] = json.loads(canonical(who))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"What the backend says of itself is no JSON: {error}.") from error
+    return plain
 
 
 def _is_same(mine: Mapping[str, Any], theirs: Any) -> bool:

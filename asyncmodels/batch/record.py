@@ -105,7 +105,7 @@ class Questions:
             text = canonical(tree)
         except RecursionError:
             return _UNSAID
-        except (TypeError, ValueError):  # of values that JSON does not have, or of an image that cannot be read
+        except (TypeError, ValueError, OSError):  # of values that JSON does not have, or an image that cannot be read
             return Asked(None, _shown(request))
         said = text.decode("ascii")
         return Asked(self.key(said), said)
@@ -144,31 +144,43 @@ def recorded(item: Item, asked: Asked | None) -> Record:
                 asked = Asked(None, asked.text)
     usage = None if response is None else response.usage
     timing = None if response is None else response.timing
-    attempts = getattr(error, "attempts", 1) if response is None else response.attempts
+    attempts = getattr(error, "attempts", None) if response is None else response.attempts
     return Record(
         sound(item.id),
         item.index,
         None if asked is None else asked.key,
         None if asked is None else asked.text,
         answer,
-        None if response is None else response.finish_reason,
+        None if response is None else _text(response.finish_reason),
         None if error is None else type(error).__name__,
         None if error is None else sound(str(error)),
-        None if error is None else getattr(error, "status", None),
-        attempts,
+        None if error is None else _whole(getattr(error, "status", None)),
+        1 if (counted := _whole(attempts)) is None else counted,
         item.began,
         item.seconds,
         None if timing is None else timing.queued,
         None if timing is None else timing.service,
         None if timing is None else timing.first_token,
-        None if usage is None else usage.input_tokens,
-        None if usage is None else usage.output_tokens,
-        None if usage is None else usage.cached_tokens,
-        None if usage is None else usage.reasoning_tokens,
-        None if response is None or response.model is None else sound(response.model),
-        None if request is None or request.agent is None else sound(request.agent),
-        False if response is None else response.cached,
+        None if usage is None else _whole(usage.input_tokens),
+        None if usage is None else _whole(usage.output_tokens),
+        None if usage is None else _whole(usage.cached_tokens),
+        None if usage is None else _whole(usage.reasoning_tokens),
+        None if response is None else _text(response.model),
+        None if request is None else _text(request.agent),
+        False if response is None else bool(response.cached),
     )
+
+
+# Errors and answers may be anybody's: what is not what it should be must not keep the rest from being written down.
+
+
+def _text(value: object) -> str | None:
+    return sound(value) if isinstance(value, str) else None
+
+
+def _whole(value: object) -> int | None:
+    """Up to what fits into a column."""
+    return int(value) if isinstance(value, int) and -(2**63) <= value < 2**63 else None
 
 
 def sound(text: str) -> str:

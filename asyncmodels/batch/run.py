@@ -109,6 +109,7 @@ class Run(AsyncIterable[Item]):
         self._began: float | None = None
         self._ended: float | None = None
         self._crew: Crew | None = None
+        self._cancelled = False
         self._over = asyncio.Event()
         # Not the generator itself, which the workers would keep alive: it must end when its reader drops it.
         self._items: weakref.ref[AsyncGeneratorType[Item, None]] | None = None
@@ -149,6 +150,7 @@ class Run(AsyncIterable[Item]):
 
     def cancel(self) -> None:
         """Ends the run: what is in flight is cancelled, and reading ends after the items that are there."""
+        self._cancelled = True
         if self._crew is not None:
             self._crew.stop()
 
@@ -184,9 +186,13 @@ class Run(AsyncIterable[Item]):
     async def _go(self) -> AsyncGenerator[Item, None]:
         settings, journal = self.settings, self._journal
         self._began = time.perf_counter()
-        try:
-            if journal is not None:
+        if journal is not None:
+            try:
                 await journal.begin(Asker(model_id=self.model.model_id, chain=identities(self.model._chain)))
+            except BaseException:
+                self._over.set()
+                raise
+        try:
             self._crew = Crew(
                 self._source(),
                 self._answer,
@@ -196,6 +202,8 @@ class Run(AsyncIterable[Item]):
                 ordered=settings.ordered,
                 record=None if journal is None else journal.record,
             )
+            if self._cancelled:  # while the journal was opened
+                self._crew.stop()
             with self._watched():
                 async with aclosing(self._crew.items()) as items:
                     async for item in items:

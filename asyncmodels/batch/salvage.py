@@ -46,7 +46,8 @@ def salvage_journal(path: str | os.PathLike[str], to: str | os.PathLike[str]) ->
         raise cannot(source, "read", "there is no such file")
     if target.exists():
         raise JournalError(f"The file {str(target)!r} exists: a journal is salvaged into a new one.")
-    with _locked(source), _locked(target), _Lines(source) if is_jsonl(source) else _Pages(source) as found:
+    source_rows = _Lines(source) if is_jsonl(source) else _Pages(source, target.parent)
+    with _locked(source, required=False), _locked(target), source_rows as found:
         file: JournalFile = JSONLFile(target) if is_jsonl(target) else SQLiteFile(target)
         with closing(file):
             run = found.run()
@@ -68,15 +69,18 @@ def salvage_journal(path: str | os.PathLike[str], to: str | os.PathLike[str]) ->
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, *, required: bool = True) -> Iterator[None]:
+    lock = None
     try:
         lock = JournalLock(path)
     except OSError as error:
-        raise cannot(path, "locked", error.strerror or str(error)) from error
+        if required:  # where nothing can be written to, nobody writes
+            raise cannot(path, "locked", error.strerror or str(error)) from error
     try:
         yield
     finally:
-        lock.release()
+        if lock is not None:
+            lock.release()
 
 
 def _checked(record: Record, questions: Questions | None) -> Record | None:
@@ -125,11 +129,12 @@ class _Lines:
 class _Pages:
     """The rows of an SQLite journal that can be reached, in a copy of it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, room: Path) -> None:
         self._path = path
+        self._room = room
 
     def __enter__(self) -> _Pages:
-        self._folder = tempfile.TemporaryDirectory(dir=self._path.parent, prefix=f".{self._path.name}-")
+        self._folder = tempfile.TemporaryDirectory(dir=self._room, prefix=f".{self._path.name}-")
         try:
             copy = Path(self._folder.name, "copy")
             shutil.copyfile(self._path, copy)

@@ -332,6 +332,25 @@ async def test_an_item_that_failed_may_be_asked_something_else(path: Path) -> No
     assert await ask(path, ["short"]) == ["short"]
 
 
+async def test_errors_and_answers_of_any_make(path: Path) -> None:
+    """What somebody's backend answers or raises is written down as far as it can be, and keeps nobody else's back."""
+
+    class OddError(Exception):
+        status = "not a number"
+        attempts = None
+
+    class Odd(Nameless):
+        async def generate(self, request: Request, /) -> Response:
+            if request.messages[-1].text == "raise":
+                raise OddError("\ud800")
+            return Response(content="x", finish_reason="stop", model=7, usage=Usage(2**70, 1), extra={"x": object()})  # type: ignore[arg-type]  # on purpose
+
+    await Model(Odd(), model_id="odd").map(["raise", "answer"], journal=path, progress=False).results()
+    odd, answered = records(path).values()
+    assert (odd.error, odd.error_text, odd.error_status, odd.attempts) == ("OddError", "\\ud800", None, 1)
+    assert (answered.model, answered.input_tokens, answered.key) == (None, None, None)
+
+
 class Nameless(Backend):
     capabilities = Capabilities()
 
@@ -449,6 +468,7 @@ async def test_one_journal_object_serves_runs_one_after_the_other(path: Path) ->
     await anext(aiter(run))
     with pytest.raises(JournalError, match="in use"):
         await ask(journal, ["a"])
+    assert await journal.known([]) == []  # the first run still has it
     await run.aclose()
     with pytest.raises(JournalError, match="not open"):
         await journal.record([])
