@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -14,6 +14,7 @@ from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import (
     AttemptTimeoutError,
+    CallTimeoutError,
     ConfigurationError,
     IdleTimeoutError,
     OverloadedError,
@@ -23,8 +24,9 @@ from asyncmodels.errors import (
     ServerTimeoutError,
 )
 from asyncmodels.policies.adaptive import AdaptiveLimit, LimitChange
+from asyncmodels.policies.service import Service
 from asyncmodels.policies.slots import Slots
-from asyncmodels.trace import note_wait
+from asyncmodels.trace import note_wait, notes_attempts
 from asyncmodels.types import Delta, Request, Response, Timing, Usage, evolve
 
 __all__ = ["Concurrency", "ConcurrencyStatistics", "LimitChange"]
@@ -67,11 +69,14 @@ class Concurrency(Policy):
     ``limit="auto"`` finds the limit out, between ``minimum`` and ``maximum``, from ``start`` on. It grows while callers
     wait and the server keeps up, falls when the server refuses (429, 503, 529) or calls take longer than more of them
     at once are worth, and looks again and again whether that has changed; ``asyncmodels.policies.adaptive`` says how.
-    A call counts with the time for which it held its slot: for a stream with the whole of it, from being entered to
-    being left, because that is what its place in the server's batch, and here, costs.
+    A call counts with the time for which it held its slot, since its attempt began where links further in tell this, so
+    that waiting there for a rate limit does not count: for a stream with the whole of it, from being entered to being
+    left, because that is what its place in the server's batch, and here, costs.
 
     With ``park`` a refusal that names a time (Retry-After, up to five minutes) holds back everybody until then, instead
     of letting each caller find out for himself. It is on for ``"auto"`` and off for a number unless told otherwise.
+    Whose ``timeout``, counted from when he came in here, ends before is told so at once by a CallTimeoutError with a
+    ``retry_after``; what is left of it after waiting goes along to ``backend``.
 
     ``limit`` may be set at any time. Raising it lets waiting callers in at once; lowering it takes no slot away
     from a running call, but none is handed on until few enough are left. A number holds until it is replaced; with
@@ -108,6 +113,7 @@ class Concurrency(Policy):
         else:
             self._slots = Slots(_checked(limit, "limit", auto=True), clock)
         self._adaptive = adaptive
+        self._tells_attempts = notes_attempts(backend)
 
     @property
     def limit(self) -> int:
@@ -135,17 +141,21 @@ class Concurrency(Policy):
         waited = 0.0
         level = slots.acquire_nowait(request.agent)
         if not level:
-            level, waited = await self._wait(request)
-        started = self._clock.time() if self._adaptive else None
+            level, waited, request = await self._wait(request)
+        service = self._service(level) if self._adaptive else None
         try:
-            response = await self.backend.generate(request)
+            if service is None or not self._tells_attempts:
+                response = await self.backend.generate(request)
+            else:
+                with service:
+                    response = await self.backend.generate(request)
         except BaseException as error:
-            self._failed(error, request, started, level)
+            self._failed(error, request, service)
             raise
-        if started is None:
+        if service is None:
             slots.release(request.agent)
         else:
-            self._ended(request, started, level, _kind(response.usage, request.max_tokens or 0, streamed=False))
+            self._ended(request, service, _kind(response.usage, request.max_tokens or 0, streamed=False))
         if waited:
             response = evolve(response, timing=_queued_longer(response.timing, waited))
         return response
@@ -175,12 +185,19 @@ class Concurrency(Policy):
         parked = f", parked for {now.parked:.3g} s" if now.parked else ""
         return f"<Concurrency [{now.running} of {limit} running, {now.waiting} waiting{parked}]>"
 
-    async def _wait(self, request: Request) -> tuple[int, float]:
-        """Waits for a slot; it is the caller's when this returns how many are taken then, and the seconds it took."""
+    async def _wait(self, request: Request) -> tuple[int, float, Request]:
+        """Waits for a slot; it is the caller's when this returns how many are taken then, the seconds it took, and the
+        request with the time that is left to it."""
         started = self._clock.time()
-        waiter = self._slots.join(request.priority, request.agent)
+        timeout = request.timeout
+        waiter = self._slots.join(request.priority, request.agent, timeout)
         try:
             await waiter.future
+            waited = self._clock.time() - started
+            if timeout is not None and waited:
+                if waited >= timeout:
+                    raise CallTimeoutError(f"No slot came free within timeout={timeout:g} s.")
+                request = evolve(request, timeout=timeout - waited)
         except GeneratorExit:
             self._slots.later(partial(self._slots.leave, waiter))
             raise
@@ -188,16 +205,18 @@ class Concurrency(Policy):
             self._slots.leave(waiter)
             note_wait("queue", self._clock.time() - started)
             raise
-        waited = self._clock.time() - started
         note_wait("queue", waited)
-        return waiter.level, waited
+        return waiter.level, waited, request
+
+    def _service(self, level: int) -> Service:
+        return Service(self._slots, self._clock, None if self._tells_attempts else level)
 
     # A call gives its slot back in one of these two.
 
-    def _ended(self, request: Request, started: float, level: int, kind: int | None, *, answered: bool = True) -> None:
-        controller = self._controller
-        if controller is None or not self._adaptive:
-            self._slots.release(request.agent)
+    def _ended(self, request: Request, service: Service, kind: int | None, *, answered: bool = True) -> None:
+        controller, started, level = self._controller, service.started, service.level
+        if controller is None or started is None or not self._adaptive:
+            self._slots.release(request.agent, counted=service.counted)
             return
         now = self._clock.time()
 
@@ -205,12 +224,13 @@ class Concurrency(Policy):
             controller.ended(now, started=started, level=level, running=running, kind=kind, answered=answered)
             return controller.limit
 
-        self._slots.release(request.agent, learn)
+        self._slots.release(request.agent, learn, counted=service.counted)
 
-    def _failed(self, error: BaseException, request: Request, started: float | None, level: int) -> None:
+    def _failed(self, error: BaseException, request: Request, service: Service | None) -> None:
         slots, controller = self._slots, self._controller
+        started, counted = (None, False) if service is None else (service.started, service.counted)
         if isinstance(error, GeneratorExit):
-            slots.later(partial(slots.release, request.agent))
+            slots.later(partial(slots.release, request.agent, counted=counted))
         elif isinstance(error, RateLimitError | OverloadedError) and not isinstance(error, QuotaExceededError):
             now = self._clock.time()
             pause = error.retry_after or 0.0
@@ -219,18 +239,18 @@ class Concurrency(Policy):
             else:
                 slots.park(now + pause)
             if controller is None or started is None or not self._adaptive:
-                slots.release(request.agent)
+                slots.release(request.agent, counted=counted)
                 return
 
             def learn(running: int) -> int:
                 controller.refused(now, started=started, running=running, pause=pause)
                 return controller.limit
 
-            slots.release(request.agent, learn)
-        elif isinstance(error, _TIMEOUTS) and started is not None:
-            self._ended(request, started, level, None, answered=False)
+            slots.release(request.agent, learn, counted=counted)
+        elif isinstance(error, _TIMEOUTS) and service is not None:
+            self._ended(request, service, None, answered=False)
         else:
-            slots.release(request.agent)
+            slots.release(request.agent, counted=counted)
 
     def _dated(self, change: LimitChange) -> LimitChange:
         return replace(change, at=change.at + self._epoch)
@@ -249,16 +269,17 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         waited = 0.0
         level = policy._slots.acquire_nowait(request.agent)
         if not level:
-            level, waited = await policy._wait(request)
-        started = policy._clock.time() if policy._adaptive else None
+            level, waited, request = await policy._wait(request)
+        service = policy._service(level) if policy._adaptive else None
         try:
-            self._inner = policy.backend.stream(request)
-            deltas = await self._inner.__aenter__()
+            with nullcontext() if service is None or not policy._tells_attempts else service:
+                self._inner = policy.backend.stream(request)
+                deltas = await self._inner.__aenter__()
         except BaseException as error:
-            policy._failed(error, request, started, level)
+            policy._failed(error, request, service)
             raise
-        if started is not None:
-            self._started, self._level = started, level
+        if service is not None:
+            self._service = service
             deltas = self._watched = _WatchedDeltas(deltas)
         return _QueuedDeltas(deltas, waited) if waited else deltas
 
@@ -274,7 +295,7 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         policy, request, watched = self._policy, self._request, self._watched
         if watched is None:
             if isinstance(error, GeneratorExit):
-                policy._failed(error, request, None, 0)
+                policy._failed(error, request, None)
             else:
                 policy._slots.release(request.agent)
             return
@@ -284,10 +305,10 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             failure = error
         try:
             if failure is not None:
-                policy._failed(failure, request, self._started, self._level)
+                policy._failed(failure, request, self._service)
             else:
                 kind = _kind(watched.usage, watched.count, streamed=True)
-                policy._ended(request, self._started, self._level, kind)
+                policy._ended(request, self._service, kind)
         finally:
             del failure
 

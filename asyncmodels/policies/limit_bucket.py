@@ -47,7 +47,7 @@ GRAIN = 1e-4
 """Seconds whose worth is as good as nothing: floats do not meet in a point."""
 JUMP = 1.0
 """Seconds. A clock that goes back by more was set; by less, two threads have looked at it."""
-HOLD_MOST = 60.0
+HOLD_MOST = 300.0
 """Seconds. Nobody is held back for longer on the word of one answer; the next one says whether it still holds."""
 
 

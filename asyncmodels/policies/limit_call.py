@@ -12,6 +12,7 @@ from asyncmodels.errors import (
     CallTimeoutError,
     ClosedError,
     InvalidRequestError,
+    OverloadedError,
     QuotaExceededError,
     RateLimitError,
     ResponseFormatError,
@@ -125,7 +126,7 @@ class Call:
             return
         if isinstance(error, AsyncModelsError):
             pause = 0.0
-            if isinstance(error, RateLimitError) and not isinstance(error, QuotaExceededError):
+            if isinstance(error, RateLimitError | OverloadedError) and not isinstance(error, QuotaExceededError):
                 pause = error.retry_after or 0.0
             self.learn(error.rate_limits, pause)
             response = error.response if isinstance(error, ResponseFormatError) else None
@@ -162,7 +163,7 @@ class Sent(Record):
     In a call that waits further in, for a slot, nothing is.
     """
 
-    __slots__ = ("_outer", "_token", "sent")
+    __slots__ = ("_outer", "sent")
 
     def __init__(self) -> None:
         self.sent = False
@@ -175,12 +176,14 @@ class Sent(Record):
         self.sent = True
         return None if self._outer is None else self._outer.attempt()
 
+    # Set and set back by hand: a token is of use in one context alone, and what is abandoned is closed in another.
+
     def __enter__(self) -> None:
         self._outer = RECORD.get()
-        self._token = RECORD.set(self)
+        RECORD.set(self)
 
     def __exit__(self, *_: object) -> None:
-        RECORD.reset(self._token)
+        RECORD.set(self._outer)
 
 
 class MeteredDeltas(AsyncIterator[Delta]):

@@ -16,7 +16,8 @@ def lesson_of(told: RateLimits, grant: Grant) -> Lesson | None:
     A limit whose window nobody named is taken for one a minute: where it is in truth for a day, the pace hinders nobody
     and what remains is heeded all the same. A limit that is known to be for longer than a minute sets no pace.
 
-    When nothing remains, and the limit is not there again bit by bit, nobody goes before it is there again.
+    When nothing remains, and the limit is not there again bit by bit, nobody goes before it is there again; for
+    a minute at most, for then somebody finds out whether that still holds.
     """
     limits: list[float | None] = []
     remaining: list[float | None] = []
@@ -32,7 +33,7 @@ def lesson_of(told: RateLimits, grant: Grant) -> Lesson | None:
         limits.append(allowance.limit * _MINUTE / window if allowance.limit and paced else None)
         remaining.append(None if allowance.remaining is None or not paced else float(allowance.remaining))
         if allowance.remaining == 0 and allowance.reset is not None and not _trickles(allowance.reset, window):
-            hold = max(hold, allowance.reset)
+            hold = max(hold, min(allowance.reset, _MINUTE))
     if hold == 0 and not any(limits) and all(left is None for left in remaining):
         return None
     a, b, c, d = limits

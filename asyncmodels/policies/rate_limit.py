@@ -73,9 +73,12 @@ class RateLimit(Policy):
     ``timing.queued`` of the response, in seconds.
 
     With ``learn`` the limits that the provider tells in its headers hold, too, where they are lower than those that
-    were given; what it says remains slows callers down where others use the same key; a Retry-After holds back
-    everybody, for up to a minute; no calls are made for that. Without any limit everything is let through until one is
-    told.
+    were given; what it says remains slows callers down where others use the same key; a Retry-After of a 429, 503 or
+    529 holds back everybody, for up to five minutes; no calls are made for that. Without any limit everything is let
+    through until one is told.
+
+    It belongs inside of a Concurrency: calls that have taken their tokens and wait for a slot go all at once when many
+    come free.
 
     ``shared`` makes one limit of those of all processes that name the same store: a Redis URL or a ``redis.Redis`` for
     any number of machines, the path of an SQLite file for the processes of one. Who has the same store and the same

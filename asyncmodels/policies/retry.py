@@ -37,6 +37,9 @@ __all__ = ["Reask", "Retry", "RetryBudget", "RetryStatistics", "RetryWhen", "Sle
 
 RetryWhen: TypeAlias = ChosenErrors
 
+_INSTANT = 1e-3
+"""Seconds. A timeout is above zero, also where the time is over already and nobody has said so yet."""
+
 T = TypeVar("T")
 
 
@@ -71,7 +74,7 @@ class Retry(Policy):
     ``wait_initial`` and ``wait_max`` (seconds) bound the random waits as the module says. A server that asks to wait
     for longer than ``retry_after_max``, or whose turn for this call would come later than that, is not waited for: the
     error goes to the caller, who sees its ``retry_after``. A wait that would end after the request's ``timeout``,
-    counted from when the call came in here, is not begun.
+    counted from when the call came in here, is not begun, and later attempts are made with what is left of it.
 
     ``budget`` is a share of the calls (0.1: at most a tenth more load in the long run, and a reserve of 100 retries), a
     RetryBudget, which several policies may share, or None for no budget. A 429 with a ``retry_after`` is retried
@@ -247,7 +250,7 @@ class Retry(Policy):
                 number += 1
                 self._retries += 1
                 try:
-                    return await attempt(asked), number
+                    return await attempt(self._in_time(asked, deadline)), number
                 except Exception as error:
                     failure = error
                     if isinstance(error, AsyncModelsError):
@@ -259,6 +262,12 @@ class Retry(Policy):
             # with them, stay until the garbage collector comes by.
             given_up = None
             del failure, attempt
+
+    def _in_time(self, request: Request, deadline: float) -> Request:
+        """The request with what is left of its timeout, which nobody further in waits beyond in vain then."""
+        if deadline == math.inf:
+            return request
+        return evolve(request, timeout=max(deadline - self._clock.time(), _INSTANT))
 
     async def _pause(
         self, failure: Exception, failures: int, number: int, request: Request, deadline: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 
 from asyncmodels.clock import Clock
+from asyncmodels.errors import CallTimeoutError
 from asyncmodels.policies.line import Agent, Line
 
 __all__ = ["Slots", "Waiter"]
@@ -18,32 +20,40 @@ __all__ = ["Slots", "Waiter"]
 class Waiter:
     """One caller in line. Its future belongs to its own event loop and is only ever resolved there.
 
-    ``level`` is how many have a slot once this one has: 0 as long as it has none.
+    ``level`` is how many have a slot once this one has: 0 as long as it has none. ``deadline`` is when it has no more
+    use for one, on the clock, of a call that has ``timeout`` seconds from when it came.
     """
 
-    __slots__ = ("agent", "future", "gone", "level", "loop")
+    __slots__ = ("agent", "deadline", "future", "gone", "level", "loop", "timeout")
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, timeout: float | None = None, deadline: float = math.inf) -> None:
         self.agent = agent
+        self.timeout = timeout
+        self.deadline = deadline
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
         self.level = 0
         self.gone = False
 
-    def wake(self) -> bool:
-        """Tells the caller that it has a slot. False when its loop is closed, so that nobody can hear it."""
+    def wake(self, error: CallTimeoutError | None = None) -> bool:
+        """Tells the caller that it has a slot, or what keeps it from one. False when its loop is closed, so that nobody
+        can hear it."""
         if asyncio._get_running_loop() is self.loop:
-            self._resolve()
+            self._resolve(error)
             return True
         try:
-            self.loop.call_soon_threadsafe(self._resolve)
+            self.loop.call_soon_threadsafe(self._resolve, error)
         except RuntimeError:
             return False
         return True
 
-    def _resolve(self) -> None:
-        if not self.future.done():
+    def _resolve(self, error: CallTimeoutError | None) -> None:
+        if self.future.done():
+            return
+        if error is None:
             self.future.set_result(None)
+        else:
+            self.future.set_exception(error)
 
 
 class Slots:
@@ -59,10 +69,13 @@ class Slots:
         self._clock = clock
         self.limit = limit
         self.running = 0
+        self.begun = 0  # of those who run and tell it, how many have begun
         self.waiting = 0
         self.completed = 0
         self._line: Line[Waiter] = Line()
         self._parked_until: float | None = None
+        self._pressed: set[Waiter] = set()  # those in line who have a deadline
+        self._soonest = math.inf  # none of their deadlines is before
         # Of each event loop with somebody in line, how many; and, while parked, the task that ends it.
         self._loops: dict[asyncio.AbstractEventLoop, int] = {}
         self._alarms: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
@@ -77,10 +90,19 @@ class Slots:
             self._line.enter(agent)
             return self.running
 
-    def join(self, priority: int = 0, agent: Agent = None) -> Waiter:
-        """Puts the caller in line (it may get a slot right away, if one came free meanwhile)."""
-        waiter = Waiter(agent)
+    def join(self, priority: int = 0, agent: Agent = None, timeout: float | None = None) -> Waiter:
+        """Puts the caller in line (it may get a slot right away, if one came free meanwhile).
+
+        Raises CallTimeoutError where the slots are parked for longer than its ``timeout``; who is in line when they are
+        parked is told so, too.
+        """
+        waiter = Waiter(agent) if timeout is None else Waiter(agent, timeout, self._clock.time() + timeout)
         with self.lock:
+            if timeout is not None:
+                if self._parked_until is not None and waiter.deadline <= self._parked_until:
+                    raise self._too_late(waiter)
+                self._pressed.add(waiter)
+                self._soonest = min(waiter.deadline, self._soonest)
             self._line.join(waiter, priority, agent)
             self.waiting += 1
             self._loops[waiter.loop] = self._loops.get(waiter.loop, 0) + 1
@@ -100,18 +122,25 @@ class Slots:
                 self.running -= 1
                 self._line.leave(waiter.agent)
             else:
-                self.waiting -= 1
-                self._line.tidy(self.waiting)
-                self._left(waiter.loop)
+                self._drop(waiter)
             granted = self._grant()
         self._wake(granted)
 
-    def release(self, agent: Agent = None, learn: Callable[[int], int] | None = None) -> None:
-        """Gives a slot back. ``learn`` is told how many were taken, this one included, and returns the limit that holds
-        from now on; it runs under the lock."""
+    def begin(self) -> int:
+        """Counts a call as begun that has a slot; returns how many have."""
+        with self.lock:
+            self.begun = begun = self.begun + 1
+        if self._late:
+            self.catch_up()
+        return begun
+
+    def release(self, agent: Agent = None, learn: Callable[[int], int] | None = None, *, counted: bool = False) -> None:
+        """Gives a slot back. ``learn`` is told how many were taken, this one included (or, for one that was ``counted``
+        as begun, how many had begun), and returns the limit that holds from now on; it runs under the lock."""
         with self.lock:
             if learn is not None:
-                self.limit = learn(self.running)
+                self.limit = learn(self.begun if counted else self.running)
+            self.begun -= counted
             self.running -= 1
             self.completed += 1
             self._line.leave(agent)
@@ -144,7 +173,11 @@ class Slots:
                 for loop in self._loops:
                     self._set_alarm(loop)
             else:
-                self._parked_until = max(until, self._parked_until)  # whoever watches looks again when he wakes
+                self._parked_until = until = max(until, self._parked_until)  # who watches looks again when he wakes
+            refused = [(waiter, self._too_late(waiter)) for waiter in self._give_up(until)]
+        for waiter, error in refused:
+            waiter.wake(error)  # on a loop that is closed nobody needs to hear it
+        self.catch_up()
 
     def parked(self) -> float:
         """For how many seconds nobody is let in."""
@@ -204,7 +237,33 @@ class Slots:
             granted = self._grant()
         self._wake(granted)
 
+    def _give_up(self, until: float) -> Sequence[Waiter]:
+        """Takes out of the line those who have no use for a slot after ``until``."""
+        if until < self._soonest:
+            return ()
+        late = [waiter for waiter in self._pressed if waiter.deadline <= until]
+        for waiter in late:
+            waiter.gone = True
+            self._drop(waiter)
+        self._soonest = min((waiter.deadline for waiter in self._pressed), default=math.inf)
+        return late
+
+    def _too_late(self, waiter: Waiter) -> CallTimeoutError:
+        seconds = self.parked()
+        return CallTimeoutError(
+            f"The server wants no calls for {seconds:.3g} s, which the timeout={waiter.timeout:g} s of this one does "
+            "not allow.",
+            retry_after=seconds,
+        )
+
     # -- handing on
+
+    def _drop(self, waiter: Waiter) -> None:
+        """Takes out of the line who is marked as gone."""
+        self.waiting -= 1
+        self._line.tidy(self.waiting)
+        self._pressed.discard(waiter)
+        self._left(waiter.loop)
 
     def _grant(self) -> Sequence[Waiter]:
         granted = []
@@ -213,6 +272,8 @@ class Slots:
             self.waiting -= 1
             self.running += 1
             waiter.level = self.running
+            if waiter.timeout is not None:
+                self._pressed.discard(waiter)
             self._left(waiter.loop)
             granted.append(waiter)
         if not self.waiting and len(self._line):

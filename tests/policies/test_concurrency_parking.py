@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 
-from asyncmodels.errors import AsyncModelsError, OverloadedError, QuotaExceededError, RateLimitError, ServerError
+from asyncmodels.errors import (
+    AsyncModelsError,
+    CallTimeoutError,
+    OverloadedError,
+    QuotaExceededError,
+    RateLimitError,
+    ServerError,
+)
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
 from asyncmodels.testing import FakeClock, ScriptedBackend
-from asyncmodels.types import Request
+from asyncmodels.types import Request, Response
 from tests.policies.rooms import ask, state
 
 
@@ -185,16 +193,96 @@ async def test_an_alarm_that_is_cancelled_alone_is_set_anew(has_begun: bool) -> 
         policy = Concurrency(server.backend, "auto", clock=clock)
         await refused(policy)
         task = asyncio.create_task(policy.generate(ask()))
-        while not (alarms := [one for one in asyncio.all_tasks() if one.get_name() == "Concurrency.parked"]):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
         if has_begun:
             await asyncio.sleep(0)
 
-        alarms[0].cancel()
+        [alarm] = [one for one in asyncio.all_tasks() if one.get_name() == "Concurrency.parked"]
+        alarm.cancel()
 
         await task
         assert server.came == [0, 6]
         assert others() == set()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_who_has_less_time_than_that_is_told_at_once(streaming: bool) -> None:
+    """A call whose timeout ends before the parking does is refused when it comes, with when it may come again; one
+    that has the time waits."""
+    async with FakeClock(autojump=True) as clock:
+        server = Server(clock, RateLimitError("x", retry_after=20))
+        policy = Concurrency(server.backend, "auto", clock=clock)
+        await refused(policy)
+
+        for timeout in (2.0, 20.0):
+            request = replace(ask(), timeout=timeout)
+            with pytest.raises(CallTimeoutError, match=f"no calls for 20 s, which the timeout={timeout:g} s") as error:
+                await (policy.stream(request).__aenter__() if streaming else policy.generate(request))
+            assert error.value.retry_after == 20
+        assert (clock.time(), state(policy)) == (0, (0, 0, 1))
+
+        await policy.generate(replace(ask(), timeout=20.5))
+        assert server.came == [0, 20]
+        assert server.backend.requests[-1].timeout == pytest.approx(0.5)
+        assert others() == set()
+
+
+async def test_those_in_line_who_have_less_time_are_told_at_once_too() -> None:
+    """A parking that begins, or is prolonged, sends away at once those in line who could not go in time, and no
+    others."""
+    async with FakeClock(autojump=True) as clock:
+        server = Server(clock, RateLimitError("x", retry_after=6), RateLimitError("x", retry_after=19), seconds=1)
+        policy = Concurrency(server.backend, 2, park=True, clock=clock)
+        ends: dict[float, float] = {}
+
+        async def call(timeout: float) -> None:
+            try:
+                await policy.generate(replace(ask(), timeout=timeout))
+            except CallTimeoutError:
+                ends[timeout] = clock.time()
+
+        first = asyncio.create_task(call(100.0))
+        await clock.sleep(0.5)
+        second = asyncio.create_task(call(100.0))
+        await clock.sleep(0)
+        waiting = [asyncio.create_task(call(timeout)) for timeout in (5.0, 6.5, 18.0, 30.0)]
+        await asyncio.gather(first, second, *waiting, return_exceptions=True)
+
+        assert ends == {5.0: 1, 6.5: 1, 18.0: 1.5}
+        assert server.came == [0, 0.5, 20.5]
+        assert state(policy) == (0, 0, 3)
+        assert others() == set()
+
+
+def test_who_waits_in_another_loop_is_told_there() -> None:
+    """A caller with too little time hears it although the call that parked runs in another thread."""
+    inside, waits = threading.Event(), threading.Event()
+
+    async def refuse(request: Request) -> AsyncModelsError:
+        inside.set()
+        await asyncio.to_thread(waits.wait)
+        return RateLimitError("x", retry_after=60)
+
+    policy = Concurrency(ScriptedBackend(refuse), 1, park=True)
+    errors: list[BaseException] = []
+
+    async def wait() -> None:
+        inside.wait()
+        task = asyncio.create_task(policy.generate(replace(ask(), timeout=30.0)))
+        await asyncio.sleep(0)
+        waits.set()
+        errors.extend(
+            one for one in await asyncio.gather(task, return_exceptions=True) if not isinstance(one, Response)
+        )
+
+    thread = threading.Thread(target=lambda: asyncio.run(wait()))
+    thread.start()
+    with pytest.raises(RateLimitError):
+        asyncio.run(policy.generate(ask()))
+    thread.join()
+
+    assert [type(error) for error in errors] == [CallTimeoutError]
+    assert state(policy) == (0, 0, 1)
 
 
 async def test_a_higher_limit_lets_nobody_in_early() -> None:

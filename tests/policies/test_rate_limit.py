@@ -19,6 +19,7 @@ from asyncmodels.errors import (
     ConnectError,
     ConnectionLostError,
     InvalidRequestError,
+    OverloadedError,
     QuotaExceededError,
     RateLimitError,
     ResponseFormatError,
@@ -190,7 +191,8 @@ async def test_a_wait_that_is_cut_short_is_told_too() -> None:
         await clock.advance(4)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-    assert waits == [("rate_limit", pytest.approx(4))]
+    assert [where for where, _ in waits] == ["rate_limit"]
+    assert waits[0][1] == pytest.approx(4)
 
 
 async def test_the_highest_priority_goes_first_and_nobody_starves() -> None:
@@ -593,13 +595,24 @@ async def test_a_limit_for_a_day_sets_no_pace() -> None:
 
 
 @both_ways
-@pytest.mark.parametrize(("learn", "expected"), [(True, [0, 6.0, 6.06]), (False, [0, 0.1, 0.2])])
-async def test_a_retry_after_holds_everybody_back(learn: bool, expected: list[float], streaming: bool) -> None:
-    """After a 429 that says when to come back nobody goes before; one that waiting does not mend holds nobody."""
+@pytest.mark.parametrize(
+    ("learn", "kind", "expected"),
+    [
+        (True, RateLimitError, [0, 6.0, 6.06]),
+        (True, OverloadedError, [0, 6.0, 6.06]),
+        (True, ServerError, [0, 0.1, 0.2]),
+        (False, RateLimitError, [0, 0.1, 0.2]),
+    ],
+)
+async def test_a_retry_after_holds_everybody_back(
+    learn: bool, kind: type[AsyncModelsError], expected: list[float], streaming: bool
+) -> None:
+    """After a 429, 503 or 529 that says when to come back nobody goes before; one that waiting does not mend, and any
+    other error, hold nobody."""
     async with FakeClock(autojump=True) as clock:
-        times = Times(clock, RateLimitError("x", status=429, retry_after=6))
+        times = Times(clock, kind("x", status=429, retry_after=6))
         policy = RateLimit(times.backend, requests_per_minute=600, learn=learn, clock=clock)
-        with pytest.raises(RateLimitError):
+        with pytest.raises(kind):
             await call(policy, ask(), streaming)
         times.reply = QuotaExceededError("x", status=429, retry_after=6)
         with pytest.raises(QuotaExceededError):

@@ -336,6 +336,21 @@ async def test_a_wait_beyond_the_timeout_is_not_begun(timeout: float, attempts: 
     assert clock.time() <= timeout
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_later_attempts_have_the_time_that_is_left(streaming: bool) -> None:
+    """What waits further in knows how long it may: an attempt after 4 s of work and 5 of waiting has 11 of 20 left."""
+    async with FakeClock(autojump=True) as clock:
+        backend = ScriptedBackend(Delay(4), ServerError("x", retry_after=5), "Hi", clock=clock)
+        retry = Retry(backend, clock=clock, random=always(0))
+        if streaming:
+            async with retry.stream(ask(20.0)) as deltas:
+                assert (await anext(deltas)).content
+        else:
+            await retry.generate(ask(20.0))
+
+    assert [request.timeout for request in backend.requests] == [20.0, 11.0]
+
+
 async def test_the_timeout_counts_the_attempts_themselves() -> None:
     """Time that an attempt took before it failed is gone from the call's time too."""
     async with FakeClock(autojump=True) as clock:

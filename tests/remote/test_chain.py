@@ -34,7 +34,7 @@ def names(of: Model) -> list[str]:
 def test_the_default_chain() -> None:
     """Retry, the limits that the provider tells, and an adaptive concurrency are always there."""
     found = model()
-    assert names(found) == ["Retry", "RateLimit", "Concurrency"]
+    assert names(found) == ["Retry", "Concurrency", "RateLimit"]
     assert "auto" in repr(found.link(Concurrency))
 
 
@@ -48,7 +48,7 @@ def test_every_keyword_at_once(tmp_path: Path) -> None:
         cache=str(tmp_path / "cache.sqlite"),
         budget=2.5,
     )
-    assert names(found) == ["Cache", "SingleFlight", "Retry", "Budget", "RateLimit", "Concurrency"]
+    assert names(found) == ["Cache", "SingleFlight", "Retry", "Budget", "Concurrency", "RateLimit"]
     assert found.link(Concurrency).limit == 7
     assert found.link(RateLimit).statistics().limits == {"requests": 60, "tokens": 1000}
     assert "3 attempts" in repr(found.link(Retry))
@@ -58,7 +58,7 @@ def test_every_keyword_at_once(tmp_path: Path) -> None:
 def test_no_retry(retry: Any) -> None:
     """retry=False takes the link out; 0 attempts are none that could be made."""
     if retry is False:
-        assert names(model(retry=retry)) == ["RateLimit", "Concurrency"]
+        assert names(model(retry=retry)) == ["Concurrency", "RateLimit"]
     else:
         with pytest.raises(ConfigurationError, match="attempts"):
             model(retry=retry)
@@ -144,4 +144,4 @@ def test_a_chain_names_its_links_from_the_outermost() -> None:
     built: Backend = ScriptedBackend("a")
     for link in reversed(remote_chain()):
         built = link(built)
-    assert [type(link).__name__ for link in links(built)] == ["Retry", "RateLimit", "Concurrency", "ScriptedBackend"]
+    assert [type(link).__name__ for link in links(built)] == ["Retry", "Concurrency", "RateLimit", "ScriptedBackend"]
