@@ -36,7 +36,7 @@ class VLLMBackend(EngineBackend):
         logprobs=True,
         response_format=True,
         grammars=ALL_GRAMMARS,
-        extra=frozenset({"chat_template_kwargs", "ignore_eos"}),
+        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
     )
 
     def __init__(
@@ -150,7 +150,8 @@ class VLLMModel(LocalModel):
     ``EngineHost(parallel=True)``, and its share of the memory is the ``gpu_memory_utilization`` of ``model_kwargs``.
 
     ``temperature`` goes up to 2, and from 0 to 0.01 it is 0.01. ``usage.cached_tokens`` says what vLLM's prefix cache
-    knew. ``extra`` takes ``ignore_eos`` and ``chat_template_kwargs``.
+    knew: with ``isolate_agents`` that is what the agent said itself, and ``extra["cache_salt"]`` divides it by any word.
+    ``extra`` takes ``cache_salt``, ``ignore_eos`` and ``chat_template_kwargs``.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class VLLMModel(LocalModel):
         stuck_after: float | None = 60.0,
         agent_weights: Mapping[str, float] | Callable[[str | None], float] | None = None,
         host: EngineHost | None = None,
+        isolate_agents: bool = False,
         policies: tuple[Callable[[Backend], Backend], ...] = (),
         **defaults: Unpack[Parameters],
     ) -> None:
@@ -186,5 +188,6 @@ class VLLMModel(LocalModel):
             stuck_after=stuck_after,
             agent_weights=agent_weights,
             host=host,
+            isolate_agents=isolate_agents,
         )
         super().__init__(backend, *policies, **defaults)
