@@ -28,6 +28,10 @@ class BatchGrammars:
         waiting = self._filler.begin([row.constraint for row in rows])
         return None if waiting is None else Masks(rows, waiting)
 
+    def settle(self) -> None:
+        """Waits until no constraint is in use any more, after what masks were wanted for has failed."""
+        self._filler.settle()
+
     def close(self) -> None:
         self._filler.close()
 

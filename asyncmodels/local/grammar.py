@@ -12,7 +12,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any
 
@@ -154,16 +154,19 @@ class MaskFiller:
     def __init__(self, n_vocab: int) -> None:
         self._words = _words(n_vocab)
         self._thread: ThreadPoolExecutor | None = None
+        self._under_way: tuple[Future[Any], NDArray[np.int32]] | None = None
 
     def begin(self, constraints: Sequence[Constraint | None]) -> Callable[[], NDArray[np.int32]] | None:
         """Begins to fill a mask for each row; one without a constraint may say anything. None when no row has any.
 
-        What is returned waits for the masks, int32 [rows, words]. Nothing may happen to the constraints before. The
-        mask of a constraint that broke, which ``Constraint.check`` tells, means nothing.
+        What is returned waits for the masks, int32 [rows, words]. Nothing may happen to the constraints before; who
+        does not need the masks any more calls ``settle``. The mask of a constraint that broke, which
+        ``Constraint.check`` tells, means nothing.
         """
         rows = [(constraint.matcher, row) for row, constraint in enumerate(constraints) if constraint is not None]
         if not rows:
             return None
+        self.settle()
         masks = np.full((len(constraints), self._words), -1, dtype=np.int32)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="asyncmodels-masks")
@@ -171,11 +174,20 @@ class MaskFiller:
             _executor().unsafe_compute_mask_ptr, rows, masks.ctypes.data, self._words * 4, len(constraints)
         )
 
-        def wait() -> NDArray[np.int32]:
+        # Only an address was handed over: the masks must stay until they are filled, whoever forgets them.
+        self._under_way = filling, masks
+
+        def filled() -> NDArray[np.int32]:
             filling.result()
             return masks
 
-        return wait
+        return filled
+
+    def settle(self) -> None:
+        """Waits until no constraint is in use any more."""
+        if self._under_way is not None:
+            wait([self._under_way[0]])
+            self._under_way = None
 
     def close(self) -> None:
         """Ends the thread. Closing twice is allowed."""

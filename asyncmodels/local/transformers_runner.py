@@ -137,6 +137,8 @@ class TransformersRunner(Runner):
         )
 
     def reset(self) -> None:
+        if self._grammars is not None:
+            self._grammars.settle()
         self._pending.clear()
         self._rows.clear()
         self._lengths.clear()
@@ -291,7 +293,7 @@ class TransformersRunner(Runner):
             outputs = self._sample(logits, rows, masks)
         except Exception as error:
             if len(items) == 1:
-                return [Failed(rows[0], error)]
+                return [self._failed(rows[0], error)]
             return [output for item in items for output in self._prefill_together([item])]
         self._prefilled += sum(map(len, prompts)) - sum(known)
         if self._prefixes is not None:
@@ -322,9 +324,14 @@ class TransformersRunner(Runner):
                 return []
             outputs = self._sample(logits, [sequence], masks)
         except Exception as error:
-            return [Failed(sequence, error)]
+            return [self._failed(sequence, error)]
         self._join([sequence], item.cache)
         return outputs
+
+    def _failed(self, sequence: Sequence, error: Exception) -> Failed:
+        if self._grammars is not None:
+            self._grammars.settle()
+        return Failed(sequence, error)
 
     def _begin(self, found: list[Found[Segment]], counts: list[int]) -> BatchCache:
         """A cache whose rows begin with the first so many tokens of what was found for each."""
