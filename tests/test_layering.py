@@ -129,6 +129,7 @@ PACKAGES: Mapping[str, set[str]] = {
         "identity",
         "messages",
         "model",
+        "origin",
         "request",
         "types",
     },
@@ -136,9 +137,12 @@ PACKAGES: Mapping[str, set[str]] = {
 """What every module of a package may import beside its own package; batch, server and integrations come later."""
 
 PARTS: Mapping[str, set[str]] = {
+    "batch.cost": {"policies.prices"},
+    "batch.watch": {"policies.prices"},
     "policies.slots": {"policies.line"},
     "policies.adaptive": {"policies.latency"},
-    "policies.concurrency": {"policies.adaptive", "policies.slots"},
+    "policies.service": {"policies.slots"},
+    "policies.concurrency": {"policies.adaptive", "policies.service", "policies.slots"},
     "policies.cache_store": {"policies.cached_answer"},
     "policies.cache_file": {"policies.cached_answer"},
     "policies.store_worker": {"policies.cache_store", "policies.cached_answer"},

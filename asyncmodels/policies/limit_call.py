@@ -48,23 +48,23 @@ class Meter:
         self.seconds_waited = 0.0
         self.closed = False
 
-    def check(self, cost: Amounts) -> None:
-        """Refuses what can never go."""
+    def check(self, request: Request, size: float, cost: Amounts) -> None:
+        """Refuses what can never go by the limits that were given; what was learned is nobody's word for that."""
         if self.closed:
             raise ClosedError("This rate limit was closed.")
-        limits = self.gate.limits()
+        limits = self.gate.given
         _, tokens, given, answer = limits
         if (
             (tokens is not None and cost[1] > tokens)
             or (given is not None and cost[2] > given)
             or (answer is not None and cost[3] > answer)
         ):
-            self._refuse(cost, limits)
+            self._refuse(self.estimator.least(request, size), limits)
 
     def _refuse(self, cost: Amounts, limits: Limits) -> None:
-        self.refused += 1
         for name, amount, limit in list(zip(DIMENSIONS, cost, limits, strict=True))[1:]:
             if limit is not None and amount > limit:
+                self.refused += 1
                 raise InvalidRequestError(
                     f"This request takes about {amount:.0f} {name.replace('_', ' ')}, and the limit is {limit:g} a "
                     "minute: it can never be let through. Shorten it, or lower its max_tokens."
@@ -85,7 +85,7 @@ class Call:
         self.waited = 0.0
         self.grant: Grant | None = None
         self.sent: Sent | None = Sent() if meter.tells_attempts else None
-        meter.check(self.cost)
+        meter.check(request, self.size, self.cost)
 
     async def wait(self) -> Grant:
         meter, request = self.meter, self.request

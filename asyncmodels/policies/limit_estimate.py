@@ -26,19 +26,26 @@ _MEMORY = 50
 """Calls over which the means run."""
 _FACTOR = 0.2, 5.0
 """No more than so far off are the heuristics thought to be."""
+_NOISE = 100.0
+"""Tokens by which they are off whatever the size; beyond that, in proportion to it."""
+_CONSTANT, _RATIO = 1e-7, 4e-3
+"""How much speaks against a constant, by its square in tokens, and a ratio other than 1, by the square of the
+difference: so little that a few calls outweigh it, and so that what tiny prompts have more is taken for a constant."""
 _MOST_TOOLS = 64
 
 
 class Estimator:
     """Guesses the input from the lengths of the texts, and the output from ``max_tokens`` and the mean of the answers.
 
-    How far the guesses of the input are off is learned from what the provider counts, and put right from then on.
+    How far the guesses of the input are off is learned from what the provider counts, and put right from then on: by a
+    number of tokens that each request has more, such as a chat template's, and a ratio. They are the line of least
+    squares through the latest calls, in which a large one may be off by more than a small one.
     """
 
     def __init__(self, estimate: Estimate | None = None) -> None:
         self._estimate = estimate
-        self._factor = 1.0
-        self._inputs = 0
+        self._constant, self._ratio = 0.0, 1.0
+        self._sums = 0.0, 0.0, 0.0, 0.0, 0.0
         self._output = OUTPUT
         self._outputs = 0
         self._tools: dict[int, tuple[tuple[Tool, ...], float]] = {}
@@ -47,7 +54,14 @@ class Estimator:
         """What a call of this ``size`` is reserved for."""
         if self._estimate is not None:
             return _told(self._estimate, request)
-        return cost_of(size * self._factor, self._answer(request))
+        return cost_of(self._constant + size * self._ratio, self._answer(request))
+
+    def least(self, request: Request, size: float) -> Amounts:
+        """What a call of this ``size`` takes at least, as far as that is known without what was learned of others."""
+        if self._estimate is not None:
+            return _told(self._estimate, request)
+        given = min(size, self._constant + size * self._ratio)
+        return cost_of(given, 0.0 if request.max_tokens is None else self._answer(request))
 
     def learn(self, size: float, usage: Usage) -> None:
         """Takes what the provider counted for a call of this ``size`` into the means."""
@@ -56,9 +70,20 @@ class Estimator:
         self._outputs = min(self._outputs + 1, _MEMORY)
         self._output += (usage.output_tokens - self._output) / self._outputs
         if usage.input_tokens > 0 and size > 0:
-            self._inputs = min(self._inputs + 1, _MEMORY)
-            low, high = _FACTOR
-            self._factor += (min(max(usage.input_tokens / size, low), high) - self._factor) / self._inputs
+            self._fit(size, usage.input_tokens)
+
+    def _fit(self, size: float, tokens: float) -> None:
+        kept, weight = 1 - 1 / _MEMORY, (_NOISE + size) ** -2
+        n, x, y, xx, xy = self._sums
+        n, x, y = n * kept + weight, x * kept + weight * size, y * kept + weight * tokens
+        xx, xy = xx * kept + weight * size * size, xy * kept + weight * size * tokens
+        self._sums = n, x, y, xx, xy
+        # The minimum of the sum of squares, with what speaks against each of the two.
+        a, b, c = n + _CONSTANT, xx + _RATIO, xy + _RATIO
+        constant = (y * b - x * c) / (a * b - x * x)
+        low, high = _FACTOR
+        ratio = min(max((c - max(constant, 0.0) * x) / b, low), high)
+        self._constant, self._ratio = max((y - ratio * x) / a, 0.0), ratio
 
     def _answer(self, request: Request) -> float:
         most = request.max_tokens

@@ -21,7 +21,8 @@ L = TypeVar("L", bound=LimitLine)
 class Gate(ABC, Generic[L]):
     """Lets calls go, in any event loop and thread; each loop has a line of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Limits) -> None:
+        self.given = given
         self._lines: WeakKeyDictionary[asyncio.AbstractEventLoop, L] = WeakKeyDictionary()
         self._lines_lock = threading.Lock()
 
@@ -87,7 +88,7 @@ class LocalGate(Gate["_LocalLine"]):
     """A bucket of this process alone."""
 
     def __init__(self, given: Limits, clock: Clock) -> None:
-        super().__init__()
+        super().__init__(given)
         self.clock = clock
         self.lock = threading.Lock()
         self.bucket = Bucket(clock.time(), given)

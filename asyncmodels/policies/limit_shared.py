@@ -74,8 +74,7 @@ class SharedGate(Gate["_SharedLine"]):
         on_error: OnStoreError,
         random: Callable[[], float] = _random.random,
     ) -> None:
-        super().__init__()
-        self.given = given
+        super().__init__(given)
         self.store = store
         self.clock = clock
         self.random = random

@@ -57,7 +57,8 @@ class RateLimit(Policy):
     A minute's worth trickles: after a pause four hundredths of a second's worth go at once, then one call after the
     other, so that no second sees much more than a sixtieth of a limit. A call goes when nothing is owed, and what it
     takes beyond what is there is owed by those after it: one that is larger than a second's worth goes, too. One that
-    is larger than a limit itself is an InvalidRequestError before anything is sent.
+    is larger than a limit that was given is an InvalidRequestError before anything is sent; one that only seems so, by
+    what was learned, goes.
 
     What a call takes is estimated: its input from the lengths of its texts (an image counts 1000 tokens), its output
     from ``max_tokens`` and the mean of the model's answers, both put right by what the provider counted before; or by
