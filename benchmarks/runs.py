@@ -31,7 +31,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere, by its path
 
-from asyncmodels import OpenAIModel
+from asyncmodels import OpenAIModel, SQLiteJournal
 from benchmarks.server import running
 from tests.batch.killing import run_and_kill
 
@@ -71,7 +71,8 @@ class Memory:
 
 async def measured(url: str, count: int, journal: str | None, progress: bool) -> dict[str, float]:
     async with OpenAIModel("m", api_base=f"{url}/v1", api_key="none", max_concurrency=IN_FLIGHT) as model:
-        await model.generate("warm up")
+        await model.map(["warm up"], progress=False).results()
+        assert SQLiteJournal.__module__  # imported by now, as the rest is
         memory = Memory()
         began, cpu = time.perf_counter(), time.process_time()
         async with model.map(

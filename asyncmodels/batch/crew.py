@@ -17,9 +17,9 @@ __all__ = ["Crew"]
 Answer: TypeAlias = Callable[[Entry], Awaitable[Item]]
 Record: TypeAlias = Callable[[Sequence[Item]], Awaitable[None]]
 
-_TOGETHER = 256
+_TOGETHER = 512
 """How many results are written down together at most."""
-_PACE = 0.025
+_PACE = 0.05
 """Seconds from one writing to the next, as long as many more answers are about to come: each costs something."""
 
 
@@ -204,7 +204,7 @@ class Crew:
             return []
         items = self._held = [first]
         loop = asyncio.get_running_loop()
-        while loop.time() < self._due and self._unwritten.qsize() < self._answering // 8:  # noqa: ASYNC110  # see below
+        while loop.time() < self._due and self._unwritten.qsize() + 1 < self._answering // 2:  # noqa: ASYNC110  # see below
             await asyncio.sleep(_PACE / 5)  # an event would be set for each answer, and cost more than this
         self._due = loop.time() + _PACE
         while len(items) < _TOGETHER and not self._unwritten.empty():

@@ -32,7 +32,7 @@ class View:
     """Calls that the server sent away because there were too many: 429 and its like."""
     retries: int
     cost: float | None
-    """What the run has cost so far, where the model has a Budget."""
+    """What the run has cost so far, where the model has a Budget, or the price list knows it (after a minute)."""
     projected_cost: float | None
     currency: str
     ended: bool = False

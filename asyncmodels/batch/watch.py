@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
+from asyncmodels.batch.cost import cost_of, listed_tariff
 from asyncmodels.batch.journal import Journal
 from asyncmodels.batch.progress import Display, View
 from asyncmodels.batch.record import Sample
@@ -19,12 +21,15 @@ from asyncmodels.clock import SYSTEM_CLOCK, Clock
 
 if TYPE_CHECKING:
     from asyncmodels.model import Model
+    from asyncmodels.policies.prices import Tariff
 
 __all__ = ["Watch"]
 
 logger = logging.getLogger(__name__)
 
 _SAMPLED = 1.0
+_WORTH_A_LIST = 60.0
+"""Seconds after which a run is long enough for the half second that reading the list of prices takes."""
 _WINDOW = 60.0
 """Seconds over which rates are taken."""
 
@@ -51,6 +56,8 @@ class Watch:
         self._clock = clock
         self._before = _Links()
         self._shown = False
+        self._priced = False
+        self._tariff: Tariff | None = None
         self._marks: deque[_Mark] = deque()
         self._task: asyncio.Task[None] | None = None
 
@@ -70,15 +77,28 @@ class Watch:
         self._close()
 
     async def _watch(self) -> None:
-        pause = _SAMPLED if self._display is None else min(_SAMPLED, self._display.every)
-        due = 0.0
+        clock = self._clock
+        sampled = shown = clock.time()
         while True:
-            now = self._clock.time()
-            if now >= due:
-                due = now + _SAMPLED
+            now = clock.time()
+            if now >= sampled:
+                sampled = now + _SAMPLED
                 self._sample()
-            self._show()
-            await self._clock.sleep(pause)
+            if self._display is None:
+                shown = now + _SAMPLED
+            elif now >= shown:
+                shown = now + self._display.every
+                self._show()
+                await self._look_up_price()
+            await clock.sleep(max(0.0, min(sampled, shown) - clock.time()))
+
+    async def _look_up_price(self) -> None:
+        if self._priced or self._statistics().elapsed < (0.0 if "genai_prices" in sys.modules else _WORTH_A_LIST):
+            return
+        self._priced = True
+        with suppress(Exception):  # of somebody's own link
+            if _links(self._model).spent is None:
+                self._tariff = await asyncio.to_thread(listed_tariff, self._model, self._clock.wall_time())
 
     def _sample(self) -> None:
         if self._journal is None:
@@ -122,6 +142,8 @@ class Watch:
         requests = (mark.done - first.done) / minutes if minutes > 0 else 0.0
         left = None if now.total is None else max(0, now.total - now.done)
         cost = None if links.spent is None else links.spent - (before.spent or 0.0)
+        if cost is None and self._tariff is not None:
+            cost = cost_of(self._tariff, now.usage, now.succeeded - now.reused - now.cached)
         projected = None
         if cost is not None and left is not None and fresh:
             projected = cost + cost / fresh * left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import logging
 import sys
@@ -13,9 +14,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from asyncmodels import OpenAIModel
 from asyncmodels.batch import progress
+from asyncmodels.batch.cost import cost_of, listed_tariff
+from asyncmodels.batch.journal import Journal
 from asyncmodels.batch.progress import Display, View, chosen, described, share_done
 from asyncmodels.batch.progress_rich import RichBar
+from asyncmodels.batch.record import Sample
 from asyncmodels.batch.tally import RunStatistics
 from asyncmodels.batch.watch import Watch
 from asyncmodels.errors import ConfigurationError
@@ -74,6 +79,22 @@ def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "IPython", raising=False)
     monkeypatch.setattr(Display, "on_terminal", False)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
+
+
+class Silent(Journal):
+    """Keeps nothing."""
+
+    async def begin(self, asker: Any, /) -> None:
+        return None
+
+    async def known(self, entries: Any, /) -> Any:
+        return [None] * len(entries)
+
+    async def record(self, items: Any, /) -> None:
+        return None
+
+    async def aclose(self) -> None:
+        return None
 
 
 class Terminal(io.StringIO):
@@ -290,6 +311,39 @@ async def test_what_the_links_tell() -> None:
     assert (views[-1].limit, views[-1].ended) == (8, True)
     assert views[-1].cost == pytest.approx(4.0)
     assert views[-1].projected_cost == pytest.approx(4.0)
+
+
+async def test_what_the_price_list_tells() -> None:
+    """Without a Budget it is what the tokens cost by the list, where that knows the model."""
+    async with OpenAIModel("gpt-4o", api_key="none") as asked:
+        tariff = listed_tariff(asked, 1.75e9)
+        assert tariff is not None
+        assert cost_of(tariff, Usage(2_000_000, 0), 1000) == pytest.approx(5.0, rel=0.5)
+        assert cost_of(tariff, Usage(0, 0), 0) == 0.0
+        display = Shown()
+        async with FakeClock() as clock:
+            with Watch(asked, lambda: STATISTICS, display=display, journal=None, clock=clock):
+                while display.views[-1:] == [] or display.views[-1].cost is None:
+                    await clock.advance(1.0)
+                    await asyncio.sleep(0.001)  # a thread reads the list
+        assert display.views[-1].cost == pytest.approx(0.2, rel=0.9)
+    assert listed_tariff(model(), 1.75e9) is None
+
+
+async def test_lines_come_every_half_minute() -> None:
+    """And the journal has its samples every second meanwhile."""
+    stream, samples = io.StringIO(), list[Sample]()
+
+    class Samples(Silent):
+        def sample(self, sample: Sample, /) -> None:
+            samples.append(sample)
+
+    async with FakeClock() as clock:
+        with Watch(model(), lambda: STATISTICS, display=progress._Lines(stream), journal=Samples(), clock=clock):
+            for _ in range(100):
+                await clock.advance(1.0)
+    assert len(stream.getvalue().splitlines()) == 5  # at 0, 30, 60, 90, and the last
+    assert 95 <= len(samples) <= 105
 
 
 @pytest.mark.parametrize("when", [0, 1])
