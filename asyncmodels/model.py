@@ -63,7 +63,7 @@ class Model(Backend, Reproducible):
 
     ``policies`` are put around ``backend``, the first outermost; ``attempt_timeout`` and ``idle_timeout`` bound what is
     inside of them all. ``defaults`` are parameters of every call; a call's own parameters beat them. A Model is a
-    Backend: it can be put wherever one is expected, with its whole chain.
+    Backend: it can be put wherever one is expected, with its whole chain; what is put around it sees its defaults.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Model(Backend, Reproducible):
             raise ConfigurationError(f"{type(backend).__name__}.capabilities must be a Capabilities value.")
         self.backend = backend
         self.model_id = model_id if model_id is not None else getattr(backend, "model_id", None)
-        self._defaults = normalise(defaults or {})
+        self._defaults = {**_defaults_inside(backend), **normalise(defaults or {})}
         # A Model inside bounds its own attempts, below its own retries; so does each branch of a chain.
         bounded = any(isinstance(link, Model | Branching | Attempt) for link in links(backend))
         self._chain = compose(backend, *policies) if bounded else compose(backend, *policies, Attempt)
@@ -291,3 +291,13 @@ class Model(Backend, Reproducible):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _defaults_inside(backend: Backend) -> Mapping[str, Any]:
+    """What a Model directly inside would add to each request, so that the links around it know: a cache, a budget.
+
+    Not its timeout, which is that of one call to it, of which the links around it may make several.
+    """
+    if not isinstance(backend, Model):
+        return {}
+    return {name: value for name, value in backend._defaults.items() if name != "timeout"}

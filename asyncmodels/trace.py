@@ -29,7 +29,8 @@ __all__ = [
 ]
 
 Wait: TypeAlias = str
-"""Where a call waited: ``"queue"`` for a slot, ``"rate_limit"``, ``"budget"``, or ``"backoff"`` before a retry."""
+"""Where a call waited: ``"queue"`` for a slot, ``"rate_limit"``, ``"budget"``, ``"backoff"`` before a retry, or
+``"joined"`` for the answer of another's call."""
 
 
 class AttemptRecord(ABC):

@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from asyncmodels.errors import (
     UnsupportedError,
 )
 from asyncmodels.model import Model
+from asyncmodels.policies.cache import Cache
+from asyncmodels.policies.cache_store import MemoryStore
 from asyncmodels.policies.concurrency import Concurrency
 from asyncmodels.policies.retry import Retry
 from asyncmodels.testing import EVERYTHING, Delay, FakeClock, ScriptedBackend
@@ -507,6 +510,50 @@ async def test_a_model_in_a_model_is_asked_through_its_whole_chain() -> None:
     assert str(await outer.stream("Hi.").response()) == "Bye."
     assert_idle(outer, backend)
     assert_idle(inner, backend)
+
+
+async def test_links_around_a_model_see_its_defaults() -> None:
+    """They see each request as it will be answered; nearer defaults and the call's own parameters beat those inside."""
+    backend = ScriptedBackend("Hello.", repeat=True)
+    inner = Model(backend, defaults={"temperature": 0.0, "max_tokens": 10, "timeout": 30.0, "attempt_timeout": 5.0})
+    seen: list[Request] = []
+
+    class Eye(Policy):
+        async def generate(self, request: Request, /) -> Response:
+            seen.append(request)
+            return await self.backend.generate(request)
+
+        def stream(self, request: Request, /) -> Any:
+            seen.append(request)
+            return self.backend.stream(request)
+
+    outer = Model(inner, Eye, defaults={"max_tokens": 20})
+    await outer.generate("Hi.")
+    await outer.stream("Hi.", temperature=1.0).response()
+    await Model(outer, Eye).with_policies(Eye).generate(Request(messages=(Message("user", "Hi."),), seed=3))
+
+    assert [(one.temperature, one.max_tokens, one.seed, one.attempt_timeout) for one in seen] == [
+        (0.0, 20, None, 5.0),
+        (1.0, 20, None, 5.0),
+        *[(0.0, 20, 3, 5.0)] * 2,
+    ]
+    # A timeout is that of one call to the model inside; the links around it may make several.
+    assert {one.timeout for one in seen} == {None}
+
+
+async def test_a_cache_around_a_greedy_model_caches() -> None:
+    """What makes answers repeatable may stand in the model inside; other defaults there are another question."""
+    backend = ScriptedBackend("a", "b", repeat=True)
+    store = MemoryStore()
+
+    async def said(**defaults: Any) -> str:
+        return str(await Model(Model(backend, defaults=defaults), partial(Cache, store=store)).generate("Hi."))
+
+    assert [await said(temperature=0), await said(temperature=0), await said(temperature=0, max_tokens=5)] == [
+        "a",
+        "a",
+        "b",
+    ]
 
 
 async def test_a_model_stands_in_a_policy() -> None:

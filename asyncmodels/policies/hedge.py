@@ -83,8 +83,8 @@ class Hedge(Policy):
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         super().__init__(backend)
-        number = isinstance(max_extra, int | float) and not isinstance(max_extra, bool)
-        if not (number and 0 < max_extra < math.inf):
+        is_number = isinstance(max_extra, int | float) and not isinstance(max_extra, bool)
+        if not (is_number and 0 < max_extra < math.inf):
             raise ConfigurationError(f"The max_extra of Hedge must be a share of more than 0, not {max_extra!r}.")
         for name, number in (("max_hedges", max_hedges), ("min_samples", min_samples)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:

@@ -128,6 +128,9 @@ class PriceList:
             raise ConfigurationError(
                 f"prices is a Price, a mapping of model names to Prices or a function of a name, not {given!r}."
             )
+        if isinstance(given, Mapping):
+            for name, price in given.items():
+                _check_price(name, price)
         self._given = given
 
     def given(self, origin: Origin) -> Tariff | None:
@@ -142,9 +145,8 @@ class PriceList:
             price = given(name)
         if price is None and origin.local:
             price = FREE
-        if price is not None and not isinstance(price, Price):
-            raise ConfigurationError(f"The price of {name!r} must be a Price, not {price!r}.")
-        return None if price is None else tariff_of(price)
+        _check_price(name, price)
+        return tariff_of(price) if isinstance(price, Price) else None
 
     def listed(self, origin: Origin, now: float) -> Tariff:
         """The list's price at ``now`` (seconds since 1970). Reading the list takes half a second, the first time.
@@ -173,6 +175,11 @@ class PriceList:
                 f"The price list does not know {name!r}{where}: give prices={{{name!r}: Price(input=..., output=...)}} "
                 "per million tokens."
             ) from error
+
+
+def _check_price(name: str, price: object) -> None:
+    if price is not None and not isinstance(price, Price):
+        raise ConfigurationError(f"The price of {name!r} must be a Price, not {price!r}.")
 
 
 def _whose(origin: Origin) -> tuple[str | None, str | None]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable
+from collections.abc import AsyncIterator, Awaitable, Hashable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from types import TracebackType
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from asyncmodels.backend import Backend, Policy
-from asyncmodels.errors import ConfigurationError
+from asyncmodels.clock import SYSTEM_CLOCK, Clock
+from asyncmodels.errors import BudgetExceededError, ConfigurationError
 from asyncmodels.identity import canonical, is_sampled, question
 from asyncmodels.policies.own_copy import own_error, own_response
-from asyncmodels.policies.shared_stream import SharedStream
+from asyncmodels.policies.shared_stream import Seat, SharedStream
+from asyncmodels.trace import note_wait
 from asyncmodels.types import Delta, Request, Response, evolve
 
 __all__ = ["SingleFlight", "SingleFlightStatistics"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +44,8 @@ class SingleFlight(Policy):
     Identical is what would get the same answer: who asks, how urgently and how long he waits makes no difference. Each
     caller's ``timeout`` ends his own waiting only; the call goes on while anybody waits for it, and is cancelled with
     the last. It is made with the priority, agent and metadata of whoever came first, and joined by those who give an
-    attempt, and a stream's silence, as long as he does. A failure is everybody's.
+    attempt, and a stream's silence, as long as he does. A failure is everybody's, except that what the first may not
+    spend others may: on his BudgetExceededError they make a call of their own, one for each agent.
 
     Left alone are sampled requests (no temperature of 0, no seed, no ``top_k`` of 1), because whoever sends two of them
     wants two answers; ``sampled=True`` joins them, too. ``metadata={"epoch": n}`` keeps requests apart.
@@ -51,12 +57,17 @@ class SingleFlight(Policy):
     Calls are joined within one event loop.
     """
 
-    def __init__(self, backend: Backend, *, sampled: bool = False, max_buffer: int = 16 * 2**20) -> None:
+    def __init__(
+        self, backend: Backend, *, sampled: bool = False, max_buffer: int = 16 * 2**20, clock: Clock = SYSTEM_CLOCK
+    ) -> None:
         super().__init__(backend)
+        if not isinstance(sampled, bool):
+            raise ConfigurationError(f"SingleFlight(sampled=...) is True or False, not {sampled!r}.")
         if isinstance(max_buffer, bool) or not isinstance(max_buffer, int) or max_buffer < 1:
             raise ConfigurationError(f"max_buffer must be a whole number of bytes of at least 1, not {max_buffer!r}.")
         self._sampled = sampled
         self._max_buffer = max_buffer
+        self._clock = clock
         self._flights: WeakKeyDictionary[asyncio.AbstractEventLoop, _Flights] = WeakKeyDictionary()
         self._calls = 0
         self._joined = 0
@@ -66,12 +77,17 @@ class SingleFlight(Policy):
         if key is None:
             return await self.backend.generate(request)
         calls = self._here().calls
-        call = calls.get(key)
-        if call is None:
-            call = calls[key] = _Call(self.backend, request, calls, key)
-        else:
+        for place in _places(key, request):
+            call = calls.get(place)
+            if call is None:
+                call = calls[place] = _Call(self.backend, request, calls, place)
+                return await call.answer()
             self._joined += 1
-        return await call.answer()
+            try:
+                return await self._noted(call.answer())
+            except BudgetExceededError:
+                self._joined -= 1
+        return await self.backend.generate(request)
 
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
         key = self._key(request)
@@ -103,12 +119,31 @@ class SingleFlight(Policy):
             return None
         return asked, request.attempt_timeout, request.idle_timeout
 
+    async def _noted(self, waiting: Awaitable[T]) -> T:
+        """Waits for what another has begun, and says for how long."""
+        started = self._clock.time()
+        try:
+            result = await waiting
+        except (Exception, asyncio.CancelledError):
+            note_wait("joined", self._clock.time() - started)
+            raise
+        note_wait("joined", self._clock.time() - started)
+        return result
+
     def _here(self) -> _Flights:
         loop = asyncio.get_running_loop()
         flights = self._flights.get(loop)
         if flights is None:
             flights = self._flights[loop] = _Flights()
         return flights
+
+
+def _places(key: Hashable, request: Request) -> tuple[Hashable, Hashable]:
+    """Where a request is joined; the second one is for those whom a limit of the first caller at the first one hit.
+
+    Whoever is refused there, too, asks alone: each agent, and each run, has limits of its own.
+    """
+    return key, (key, request.agent)
 
 
 class _Flights:
@@ -195,30 +230,49 @@ class _JoinedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         self._policy = policy
         self._request = request
         self._key = key
+        self._alone: AbstractAsyncContextManager[AsyncIterator[Delta]] | None = None
 
     async def __aenter__(self) -> AsyncIterator[Delta]:
-        policy, key = self._policy, self._key
+        policy, request = self._policy, self._request
         streams = policy._here().streams
-        stream = streams.get(key)
-        if stream is None:
-
-            def leave() -> None:
-                if streams.get(key) is stream:
-                    del streams[key]
-
-            inner = policy.backend.stream(_for_all(self._request))
-            stream = streams[key] = SharedStream(inner, max_buffer=policy._max_buffer, closed=leave)
-        else:
+        for place in _places(self._key, request):
+            stream = streams.get(place)
+            if stream is None:
+                stream = self._begin(streams, place)
+                self._seat = await _opened(stream.join())
+                return self._seat
             policy._joined += 1
-        seat = self._seat = stream.join()
-        try:
-            await seat.opened()
-        except BaseException:
-            await seat.leave()
-            raise
-        return seat
+            try:
+                self._seat = await policy._noted(_opened(stream.join()))
+            except BudgetExceededError:
+                policy._joined -= 1
+            else:
+                return self._seat
+        self._alone = policy.backend.stream(request)
+        return await self._alone.__aenter__()
+
+    def _begin(self, streams: dict[Hashable, SharedStream], place: Hashable) -> SharedStream:
+        def leave() -> None:
+            if streams.get(place) is stream:
+                del streams[place]
+
+        inner = self._policy.backend.stream(_for_all(self._request))
+        stream = streams[place] = SharedStream(inner, max_buffer=self._policy._max_buffer, closed=leave)
+        return stream
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    ) -> bool | None:
+        if self._alone is not None:
+            return await self._alone.__aexit__(kind, error, traceback)
         await self._seat.leave()
+        return None
+
+
+async def _opened(seat: Seat) -> Seat:
+    try:
+        await seat.opened()
+    except BaseException:
+        await seat.leave()
+        raise
+    return seat

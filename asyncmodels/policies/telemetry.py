@@ -89,6 +89,8 @@ class Telemetry(Policy):
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         super().__init__(backend)
+        if not isinstance(prompts, bool):
+            raise ConfigurationError(f"prompts must be True or False, not {prompts!r}.")
         if on_event is not None and (not callable(on_event) or inspect.iscoroutinefunction(on_event)):
             raise ConfigurationError(f"on_event must be a function that does not wait, not {on_event!r}.")
         if logger is not None and not isinstance(logger, logging.Logger):

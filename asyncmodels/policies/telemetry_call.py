@@ -86,11 +86,24 @@ class Watchers:
 class Attempt(AttemptRecord):
     """One attempt. ``span`` and ``token`` belong to the watcher who puts them there."""
 
-    __slots__ = ("_call", "_outer", "error", "number", "opened_", "response", "seconds", "span", "started", "token")
+    __slots__ = (
+        "_call",
+        "_outer",
+        "_over",
+        "error",
+        "number",
+        "opened_",
+        "response",
+        "seconds",
+        "span",
+        "started",
+        "token",
+    )
 
     def __init__(self, call: Call, number: int, outer: AttemptRecord | None) -> None:
         self._call = call
         self._outer = outer
+        self._over = False
         self.number = number
         self.started = call.clock.time()
         self.seconds = 0.0
@@ -112,17 +125,23 @@ class Attempt(AttemptRecord):
 
     def ended(self, response: Response | Delta | None, error: BaseException | None) -> None:
         call = self._call
-        self.response, self.error = response, error
-        self.seconds = call.clock.time() - self.started
-        call.attempt_ended()
-        if isinstance(error, GeneratorExit):
-            call.watchers.later(self._tell_end)
-        else:
-            if not self.opened_:
-                call.watchers.tell("attempt_left", call, self)
-            self._tell_end()
+        if not self.opened_ and not isinstance(error, GeneratorExit):
+            call.watchers.tell("attempt_left", call, self)
+        if not self._over:
+            call.attempt_ended(self)
+            self.end(response, error)
         if self._outer is not None:
             self._outer.ended(response, error)
+
+    def end(self, response: Response | Delta | None, error: BaseException | None) -> None:
+        """Nothing more is told of it."""
+        self._over = True
+        self.response, self.error = response, error
+        self.seconds = self._call.clock.time() - self.started
+        if isinstance(error, GeneratorExit):
+            self._call.watchers.later(self._tell_end)
+        else:
+            self._tell_end()
 
     def _tell_end(self) -> None:
         self._call.watchers.tell("attempt_ended", self._call, self)
@@ -157,7 +176,8 @@ class Call(Record):
         self.token: Any = None
         self.labels: Any = None
         self._outer: Record | None = None
-        self._under_way = 0
+        self._over = False
+        self._under_way: set[Attempt] = set()
         self._under_way_since = 0.0
         self._service = 0.0
         self._last_delta = self.started
@@ -171,22 +191,25 @@ class Call(Record):
     # -- as a record
 
     def waited(self, where: str, seconds: float) -> None:
-        self.waits[where] = self.waits.get(where, 0.0) + seconds
+        if not self._over:
+            self.waits[where] = self.waits.get(where, 0.0) + seconds
         if self._outer is not None:
             self._outer.waited(where, seconds)
 
-    def attempt(self) -> AttemptRecord:
+    def attempt(self) -> AttemptRecord | None:
         outer = None if self._outer is None else self._outer.attempt()
+        if self._over:  # others go on with what this call began, and joined
+            return outer
         self.attempts += 1
         attempt = Attempt(self, self.attempts, outer)
         if not self._under_way:
             self._under_way_since = attempt.started
-        self._under_way += 1
+        self._under_way.add(attempt)
         self.watchers.tell("attempt_started", self, attempt)
         return attempt
 
-    def attempt_ended(self) -> None:
-        self._under_way -= 1
+    def attempt_ended(self, attempt: Attempt) -> None:
+        self._under_way.discard(attempt)
         if not self._under_way:
             self._service += self.clock.time() - self._under_way_since
 
@@ -231,6 +254,12 @@ class Call(Record):
 
     def end(self, error: BaseException | None, *, abandoned: bool = False) -> None:
         self.seconds = self.clock.time() - self.started
+        self._over = True
+        if self._under_way:  # they go on for others who have joined the call
+            self._service = self.service
+            left, self._under_way = self._under_way, set()
+            for attempt in left:
+                attempt.end(None, error)
         self.error = error
         self.abandoned = abandoned
         if isinstance(error, GeneratorExit):

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.origin import Origin
+from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.prices import UNIT, Price, PriceList, Tariff, cost
+from asyncmodels.testing import ScriptedBackend
 from asyncmodels.types import Usage
 
 genai_prices = pytest.importorskip("genai_prices")
@@ -103,10 +105,17 @@ def test_prices_must_be_prices(wrong: Any) -> None:
 
 
 def test_a_function_must_return_a_price() -> None:
-    """What a mapping or function has for a model must be a Price."""
-    wrong: Any = {"m": 3.0}
+    """What a function has for a model must be a Price."""
+    wrong: Any = {"m": 3.0}.get
     with pytest.raises(ConfigurationError, match="The price of 'm' must be a Price"):
         PriceList(wrong).given(Origin(model="m"))
+
+
+@pytest.mark.parametrize("price", [3.0, "cheap"])
+def test_a_mapping_must_hold_prices(price: Any) -> None:
+    """Whatever else is in it is refused where it is given, not at the first call of that model."""
+    with pytest.raises(ConfigurationError, match=f"The price of 'm' must be a Price, not {price!r}"):
+        Budget(ScriptedBackend(), 5, prices={"other": Price(input=1, output=1), "m": price})
 
 
 TOKENS = st.integers(0, 10**7)

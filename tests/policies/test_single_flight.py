@@ -6,8 +6,9 @@ import asyncio
 import gc
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from asyncmodels.backend import Backend, compose
 from asyncmodels.errors import (
     AsyncModelsError,
+    BudgetExceededError,
     CallTimeoutError,
     ConfigurationError,
     RateLimitError,
@@ -22,9 +24,12 @@ from asyncmodels.errors import (
     UnsupportedError,
 )
 from asyncmodels.model import Model
+from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.cache import Cache
+from asyncmodels.policies.prices import Price
 from asyncmodels.policies.single_flight import SingleFlight, SingleFlightStatistics
-from asyncmodels.testing import EVERYTHING, ScriptedBackend
+from asyncmodels.policies.spending import Spending
+from asyncmodels.testing import EVERYTHING, Delay, ScriptedBackend
 from asyncmodels.types import (
     Delta,
     ImagePart,
@@ -633,6 +638,90 @@ async def test_a_cache_above_is_filled_by_one_call() -> None:
 
 def Cache_named(backend: Backend) -> Cache:  # noqa: N802  # stands for the class
     return Cache(backend, namespace="held")
+
+
+class Purse(Backend):
+    """Holds every call until it is let go, and then refuses those of agents who may spend nothing."""
+
+    capabilities = EVERYTHING
+
+    def __init__(self, poor: Collection[str]) -> None:
+        self.poor = poor
+        self.asked: list[str | None] = []
+        self.go = asyncio.Event()
+
+    async def _pay(self, request: Request) -> None:
+        self.asked.append(request.agent)
+        await self.go.wait()
+        if request.agent in self.poor:
+            raise BudgetExceededError(f"{request.agent} has no money")
+
+    async def generate(self, request: Request, /) -> Response:
+        await self._pay(request)
+        return Response(content=f"for {request.agent}", finish_reason="stop")
+
+    @asynccontextmanager
+    async def stream(self, request: Request, /) -> AsyncIterator[AsyncIterator[Delta]]:
+        await self._pay(request)
+
+        async def play() -> AsyncIterator[Delta]:
+            yield Delta(content=f"for {request.agent}", finish_reason="stop")
+
+        yield play()
+
+    async def aclose(self) -> None: ...
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_what_the_first_may_not_spend_others_may(streaming: bool) -> None:
+    """A BudgetExceededError is the first caller's alone; the others share one call for each agent."""
+    purse = Purse(poor={"poor", "broke"})
+    chain = SingleFlight(purse)
+
+    async def call(agent: str) -> str:
+        request = ask(agent=agent)
+        return str(await (collect(chain, request) if streaming else chain.generate(request)))
+
+    agents = ["poor", "rich", "rich", "broke", "broke", "broke", "well-off"]
+    tasks = [asyncio.create_task(call(agent)) for agent in agents]
+    await settle()
+    assert purse.asked == ["poor"]
+    purse.go.set()
+    said = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert [str(one) for one in said] == [
+        f"{agent} has no money" if agent in purse.poor else f"for {agent}" for agent in agents
+    ]
+    assert purse.asked.count("rich") == purse.asked.count("well-off") == 1
+    # Of the same agent, each is refused by himself: another run may be around him.
+    assert purse.asked.count("broke") == 3
+    assert (chain.statistics().joined, chain.statistics().in_flight) == (1, 0)
+    assert tasks_left() == set()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_caller_whose_own_run_allows_it_is_answered(streaming: bool) -> None:
+    """The run of whoever came first bounds him only, though both are the same agent."""
+    price = Price(input=1, output=1)
+    backend = ScriptedBackend(Delay(0.01), "a", repeat=True)
+    chain = compose(backend, SingleFlight, partial(Budget, prices=price))
+
+    async def call(money: float) -> str:
+        with Spending(money):
+            request = ask(max_tokens=5)
+            return str(await (collect(chain, request) if streaming else chain.generate(request)))
+
+    poor, *rich = await asyncio.gather(call(1e-9), call(1), call(1), return_exceptions=True)
+    assert isinstance(poor, BudgetExceededError)
+    assert rich == ["a", "a"]
+    assert len(backend.requests) == 1
+
+
+@pytest.mark.parametrize("sampled", ["no", 1, None])
+def test_sampled_is_yes_or_no(sampled: Any) -> None:
+    """A text that says no would count as yes."""
+    with pytest.raises(ConfigurationError, match="sampled"):
+        SingleFlight(ScriptedBackend(), sampled=sampled)
 
 
 @pytest.mark.parametrize("size", [0, -1, True, 1.5])

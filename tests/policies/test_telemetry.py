@@ -236,6 +236,60 @@ async def test_a_call_that_was_answered_without_an_attempt_has_none() -> None:
     assert sorted(event.attempts for event in events if isinstance(event, CallFinished)) == [0, 1]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_waiting_for_anothers_call_is_told(streaming: bool) -> None:
+    """A call that is joined has waited for the one that was made; that one was served."""
+    async with FakeClock(autojump=True) as clock:
+        model, events = told(Delay(2.0), answer(), policies=(partial(SingleFlight, clock=clock), Retry), clock=clock)
+        call = partial(collect, model) if streaming else model.generate
+        await asyncio.gather(call(ask()), call(ask()))
+
+    first, second = (event for event in events if isinstance(event, CallFinished))
+    assert sorted((event.attempts, event.service, event.waited.get("joined")) for event in (first, second)) == [
+        (0, 0.0, pytest.approx(2.0)),
+        (1, pytest.approx(2.0), None),
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_nothing_is_told_of_a_call_after_its_end(streaming: bool) -> None:
+    """Whoever leaves a call that others go on with has left its attempt, too, and no later ones are his."""
+    async with FakeClock(autojump=True) as clock:
+        model, events = told(
+            Delay(2.0),
+            ServerError("oops"),
+            Delay(2.0),
+            answer(),
+            policies=(partial(SingleFlight, clock=clock), partial(Retry, clock=clock)),
+            clock=clock,
+        )
+
+        async def call() -> None:
+            await (collect(model, ask()) if streaming else model.generate(ask()))
+
+        leader, other = asyncio.create_task(call()), asyncio.create_task(call())
+        await clock.sleep(1.0)
+        leader.cancel()
+        with suppress(asyncio.CancelledError):
+            await leader
+        await other
+
+    assert kinds(events) == [
+        "CallStarted",
+        "CallStarted",
+        "AttemptStarted",
+        "AttemptEnded",
+        "CallFailed",
+        *(["FirstDelta"] if streaming else []),
+        "CallFinished",
+    ]
+    failed = next(event for event in events if isinstance(event, CallFailed))
+    ended = next(event for event in events if isinstance(event, AttemptEnded))
+    assert (failed.call, failed.attempts) == (ended.call, 1)
+    assert failed.service == ended.seconds == pytest.approx(1.0)
+    assert isinstance(ended.error, asyncio.CancelledError)
+
+
 async def test_who_looks_on_inside_and_outside_is_told_of_the_same_attempts() -> None:
     """A model with Telemetry inside of another with Telemetry; and a Budget between them, which keeps a record, too."""
     inner, events = told(answer())
@@ -399,7 +453,11 @@ async def test_what_is_no_response_is_handed_on() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "sentence"),
-    [({"on_event": 3}, "on_event must be a function"), ({"logger": "asyncmodels"}, "logger must be a logging.Logger")],
+    [
+        ({"on_event": 3}, "on_event must be a function"),
+        ({"logger": "asyncmodels"}, "logger must be a logging.Logger"),
+        ({"prompts": "no"}, "prompts must be True or False"),
+    ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], sentence: str) -> None:
     """A setting that can never work is a ConfigurationError where it is made."""
