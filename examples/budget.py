@@ -11,7 +11,7 @@ import asyncio
 import sys
 from functools import partial
 
-from asyncmodels import Budget, BudgetExceededError, OpenAIModel, Price, Spending, SpendingLimit
+from asyncmodels import Budget, BudgetExceededError, ConfigurationError, OpenAIModel, Price, Spending, SpendingLimit
 
 QUESTIONS = {
     "poet": "Write a haiku about the sea.",
@@ -42,5 +42,15 @@ async def main(name: str, dollars: float, price: Price | None) -> None:
 
 
 if __name__ == "__main__":
-    name, dollars, *prices = sys.argv[1:]
-    asyncio.run(main(name, float(dollars), Price(input=float(prices[0]), output=float(prices[1])) if prices else None))
+    try:
+        name, dollars, *prices = sys.argv[1:]
+        money = float(dollars)
+        price = Price(input=float(prices[0]), output=float(prices[1])) if prices else None
+    except (ValueError, IndexError):
+        print("Give a model and how many dollars may be spent, as in: budget.py gpt-5-mini 0.02", file=sys.stderr)
+        sys.exit(2)
+    try:
+        asyncio.run(main(name, money, price))
+    except ConfigurationError as error:  # such as a key that is missing, or a model without a price
+        print(error, file=sys.stderr)
+        sys.exit(2)

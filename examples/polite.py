@@ -10,7 +10,7 @@ import sys
 import time
 from functools import partial
 
-from asyncmodels import AsyncModelsError, Concurrency, Model, OpenAIModel, RateLimit, Retry
+from asyncmodels import AsyncModelsError, Concurrency, ConfigurationError, Model, OpenAIModel, RateLimit, Retry
 
 REQUESTS_PER_MINUTE = 3000
 TOKENS_PER_MINUTE = 300_000
@@ -51,5 +51,8 @@ async def ask(model: Model, number: int) -> bool:
 if __name__ == "__main__":
     try:
         asyncio.run(main(*sys.argv[1:]))
+    except ConfigurationError as error:  # such as a key that is missing
+        print(error, file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.examples.in_process import run_here
 from tests.server.handle import Server
 from tests.server.script import Answer
 
@@ -42,6 +45,18 @@ def test_a_server_that_is_not_in_the_list_needs_a_price(server: Server) -> None:
     """Without one the example ends with the sentence that says what to give."""
     place = server.script(Answer())
     ended = run("m", "0.02", OPENAI_BASE_URL=f"{place.url}/v1", OPENAI_API_KEY="k")
-    assert ended.returncode == 1
-    assert "The price list does not know 'm' at 127.0.0.1: give prices=" in ended.stderr
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("The price list does not know 'm' at 127.0.0.1: give prices=")
+    assert ended.stderr.count("\n") == 1
     assert place.seen().requests == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["m"], ["m", "much"], ["m", "1", "2"]])
+def test_it_says_what_to_give(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a model and a sum it ends with one sentence, and no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, "budget.py", *arguments, OPENAI_API_KEY="k")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("Give a model and how many dollars")

@@ -37,6 +37,18 @@ def test_many_calls_go_at_the_pace_of_the_limits(server: Server) -> None:
     assert len(place.seen().requests) == 30
 
 
+def test_without_a_key_it_says_what_to_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends with one sentence, and no traceback."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        run_here(monkeypatch, "polite.py")
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("No API key: ")
+    assert said.count("\n") == 1
+
+
 def test_what_fails_is_said(
     server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
