@@ -96,8 +96,16 @@ class Concurrency(Policy):
         park: bool | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        if not isinstance(backend, Backend):
+            raise ConfigurationError("The limit of Concurrency goes by its name: partial(Concurrency, limit=8).")
+        if not (park is None or isinstance(park, bool)):
+            raise ConfigurationError(f"The park of Concurrency is True, False or None, not {park!r}.")
         super().__init__(backend)
         adaptive = limit == "auto"
+        if not adaptive and (start, minimum, maximum) != (START, 1, MAXIMUM):
+            raise ConfigurationError(
+                'The start, minimum and maximum of Concurrency are for limit="auto"; a number is the limit itself.'
+            )
         if not 1 <= _checked(minimum, "minimum") <= _checked(maximum, "maximum"):
             raise ConfigurationError("The minimum of Concurrency must not be above its maximum.")
         self._clock = clock
@@ -370,6 +378,6 @@ def _checked(number: object, name: str, *, auto: bool = False) -> int:
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         otherwise = ', or "auto",' if auto else ""
         raise ConfigurationError(
-            f"The {name} of Concurrency must be a whole number of at least 1{otherwise} not {number!r}."
+            f"The {name} of Concurrency must be a whole number of at least 1{otherwise or ','} not {number!r}."
         )
     return number

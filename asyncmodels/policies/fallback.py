@@ -103,7 +103,9 @@ class Fallback(Choosing[Target]):
     ) -> None:
         if not isinstance(to, Sequence) or not to:
             raise ConfigurationError("Fallback(to=...) is a list of the models to fall back to, at least one.")
-        if cooldown is not None and (isinstance(cooldown, bool) or not cooldown > 0):
+        if cooldown is not None and (
+            isinstance(cooldown, bool) or not isinstance(cooldown, int | float) or not cooldown > 0
+        ):
             raise ConfigurationError(f"The cooldown of Fallback is a number of seconds above 0, not {cooldown!r}.")
         if isinstance(cooldown_after, bool) or not isinstance(cooldown_after, int) or cooldown_after < 1:
             raise ConfigurationError(

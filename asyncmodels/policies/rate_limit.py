@@ -114,6 +114,8 @@ class RateLimit(Policy):
             _checked("input_tokens_per_minute", input_tokens_per_minute),
             _checked("output_tokens_per_minute", output_tokens_per_minute),
         )
+        if not isinstance(learn, bool):
+            raise ConfigurationError(f"RateLimit(learn=...) is True or False, not {learn!r}.")
         if not learn and all(limit is None for limit in given):
             raise ConfigurationError("RateLimit(learn=False) needs a limit, such as requests_per_minute=600.")
         if estimate is not None and not callable(estimate):
@@ -132,7 +134,7 @@ class RateLimit(Policy):
                 given, store, clock, owns_store=store is not shared, on_error=on_store_error, random=random
             )
         estimator, tells_attempts = Estimator(estimate), notes_attempts(backend)
-        self._meter = Meter(self._gate, estimator, clock, learn=bool(learn), tells_attempts=tells_attempts)
+        self._meter = Meter(self._gate, estimator, clock, learn=learn, tells_attempts=tells_attempts)
 
     async def generate(self, request: Request, /) -> Response:
         call = Call(self._meter, request)

@@ -111,9 +111,15 @@ class Retry(Policy):
         super().__init__(backend)
         if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1:
             raise ConfigurationError(f"Retry needs a whole number of attempts of at least 1, not {attempts!r}.")
-        if not (0 <= wait_initial <= wait_max and retry_after_max >= 0):
+        waits = wait_initial, wait_max, retry_after_max
+        if not (all(map(_is_number, waits)) and 0 <= wait_initial <= wait_max and retry_after_max >= 0):
             raise ConfigurationError(
-                "The waits of Retry must satisfy 0 <= wait_initial <= wait_max, 0 <= retry_after_max."
+                "The waits of Retry are seconds, 0 <= wait_initial <= wait_max and 0 <= retry_after_max, not "
+                f"{wait_initial!r}, {wait_max!r} and {retry_after_max!r}."
+            )
+        if not (budget is None or isinstance(budget, RetryBudget) or (_is_number(budget) and budget >= 0)):
+            raise ConfigurationError(
+                f"The budget of Retry is a share of the calls, such as 0.1, a RetryBudget or None, not {budget!r}."
             )
         if same_failures is not None and (
             isinstance(same_failures, bool) or not isinstance(same_failures, int) or same_failures < 2
@@ -356,6 +362,10 @@ def _rule(on: ChosenErrors | None) -> Callable[[Exception], bool]:
     """What is worth another attempt; an answer of no use always is, for it was asked to be found out."""
     rule = _is_retryable if on is None else chosen(on, "Retry")
     return lambda error: isinstance(error, Unwanted) or rule(error)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_retryable(error: Exception) -> bool:

@@ -22,8 +22,9 @@ class RetryBudget:
     """
 
     def __init__(self, *, ratio: float = 0.1, reserve: float = 100.0, per_second: float = 1.0) -> None:
-        if not (ratio >= 0 and reserve >= 0 and per_second >= 0):
-            raise ConfigurationError("The ratio, reserve and per_second of a RetryBudget must not be negative.")
+        for name, number in (("ratio", ratio), ("reserve", reserve), ("per_second", per_second)):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0:
+                raise ConfigurationError(f"The {name} of a RetryBudget is a number of at least 0, not {number!r}.")
         self.ratio = ratio
         self.reserve = reserve
         self.per_second = per_second

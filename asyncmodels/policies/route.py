@@ -253,6 +253,9 @@ def _check(tries: int, out_after: int, out_first: float, out_longest: float, spi
     for name, count in (("tries", tries), ("out_after", out_after)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ConfigurationError(f"{name} of Route must be a whole number of at least 1, not {count!r}.")
+    for name, number in (("out_first", out_first), ("out_longest", out_longest), ("spill", spill), ("decay", decay)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ConfigurationError(f"{name} of Route must be a number, not {number!r}.")
     if not 0 < out_first <= out_longest:
         raise ConfigurationError("The times of Route must satisfy 0 < out_first <= out_longest.")
     if not spill >= 1:

@@ -45,8 +45,8 @@ class ChainOptions(TypedDict, total=False):
 
     max_concurrency: ConcurrencyLimit | None
     """Calls in flight: a number, or ``"auto"``, the default, for whatever the server turns out to take."""
-    retry: bool | int | PolicyLike
-    """True, the default; False for none; a number of attempts; or a policy."""
+    retry: bool | int | PolicyLike | None
+    """True, the default, as is None; False for none; a number of attempts; or a policy."""
     requests_per_minute: float | None
     tokens_per_minute: float | None
     """At most so many a minute, and never more than the provider's headers say; input and output count together."""
@@ -122,12 +122,12 @@ def _caching(cache: bool | CachePlace | PolicyLike | None) -> Sequence[PolicyLik
     return (partial(Cache, store=store), SingleFlight)
 
 
-def _retrying(retry: bool | int | PolicyLike, limit: ConcurrencyLimit) -> Sequence[PolicyLike]:
+def _retrying(retry: bool | int | PolicyLike | None, limit: ConcurrencyLimit) -> Sequence[PolicyLike]:
     if callable(retry):
         return (retry,)
     if retry is False:
         return ()
-    settings: dict[str, Any] = {} if retry is True else {"attempts": retry}
+    settings: dict[str, Any] = {} if retry is True or retry is None else {"attempts": retry}
     # When a server stumbles, everything in flight fails at once: the reserve lets all of it have one more attempt.
     # That is as many as the limit; "auto" rarely fails them all, and what is no limit at all, Concurrency refuses.
     reserve = max(100, limit) if isinstance(limit, int) else 100

@@ -199,7 +199,7 @@ async def test_lowering_the_limit_takes_no_slot_away() -> None:
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "automatic", None])
 async def test_a_bad_limit_is_refused(limit: object) -> None:
     """A limit that is not a whole number of at least 1 is a ConfigurationError and changes nothing."""
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ConfigurationError, match=r'whole number of at least 1, or "auto", not '):
         Concurrency(ScriptedBackend(), limit)  # type: ignore[arg-type]  # wrong on purpose
     policy = Concurrency(ScriptedBackend("Hi"), 2)
     with pytest.raises(ConfigurationError):

@@ -283,8 +283,32 @@ async def test_a_change_by_hand_holds_for_calls_inside() -> None:
 def test_bad_bounds_are_refused(name: str, value: object) -> None:
     """Bounds are whole numbers of at least 1."""
     settings: dict[str, Any] = {name: value}
-    with pytest.raises(ConfigurationError, match=name):
+    with pytest.raises(
+        ConfigurationError, match=f"The {name} of Concurrency must be a whole number of at least 1, not "
+    ):
         Concurrency(ScriptedBackend(), "auto", **settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"start": 3}, {"minimum": 2}, {"maximum": 2}, {"start": 3, "maximum": 2}], ids=str
+)
+def test_bounds_of_a_number_are_refused(settings: dict[str, Any]) -> None:
+    """What only "auto" has a meaning for is not passed over where the limit is a number."""
+    with pytest.raises(ConfigurationError, match='are for limit="auto"; a number is the limit itself'):
+        Concurrency(ScriptedBackend(), 5, **settings)
+
+
+@pytest.mark.parametrize("park", ["no", 0, 1])
+def test_park_is_a_truth(park: Any) -> None:
+    """A text is no switch."""
+    with pytest.raises(ConfigurationError, match=f"True, False or None, not {park!r}"):
+        Concurrency(ScriptedBackend(), "auto", park=park)
+
+
+def test_a_limit_by_its_place_is_told_its_name() -> None:
+    """Who writes partial(Concurrency, 8) gives it for the backend, and reads how it is meant."""
+    with pytest.raises(ConfigurationError, match=r"goes by its name: partial\(Concurrency, limit=8\)"):
+        compose(ScriptedBackend(), partial(Concurrency, 8))  # type: ignore[arg-type]  # wrong on purpose
 
 
 def test_a_minimum_above_the_maximum_is_refused() -> None:

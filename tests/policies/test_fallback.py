@@ -837,6 +837,7 @@ async def test_it_says_what_it_is() -> None:
         ({"context_lengths": [1, 0]}, "numbers of tokens or None, not 0"),
         ({"cooldown": 0}, "above 0, not 0"),
         ({"cooldown": True}, "above 0, not True"),
+        ({"cooldown": "3"}, "above 0, not '3'"),
         ({"cooldown_after": 0}, "at least 1, not 0"),
         ({"names": ["a", "a"]}, "different texts"),
         ({"names": ["a", ""]}, "different texts"),

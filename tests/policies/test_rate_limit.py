@@ -373,6 +373,7 @@ async def test_a_wait_beyond_the_timeout_is_not_begun(streaming: bool) -> None:
         {"output_tokens_per_minute": "many"},
         {"requests_per_minute": float("inf")},
         {"learn": False},
+        {"learn": "no"},
         {"estimate": 5},
         {"shared": 5},
         {"shared": ""},

@@ -54,6 +54,11 @@ def test_every_keyword_at_once(tmp_path: Path) -> None:
     assert "3 attempts" in repr(found.link(Retry))
 
 
+def test_retry_none_is_the_default() -> None:
+    """None means unset, as everywhere."""
+    assert repr(model(retry=None).link(Retry)) == repr(model().link(Retry))
+
+
 @pytest.mark.parametrize("retry", [False, 0])
 def test_no_retry(retry: Any) -> None:
     """retry=False takes the link out; 0 attempts are none that could be made."""
