@@ -150,7 +150,7 @@ class VLLMModel(LocalModel):
     ``EngineHost(parallel=True)``, and its share of the memory is the ``gpu_memory_utilization`` of ``model_kwargs``.
 
     ``temperature`` goes up to 2, and from 0 to 0.01 it is 0.01. ``usage.cached_tokens`` says what vLLM's prefix cache
-    knew: with ``isolate_agents`` that is what the agent said itself, and ``extra["cache_salt"]`` divides it by any word.
+    knew: with ``isolate_agents`` that is what the agent said itself; ``extra["cache_salt"]`` divides it by any word.
     ``extra`` takes ``cache_salt``, ``ignore_eos`` and ``chat_template_kwargs``.
     """
 

@@ -122,20 +122,20 @@ def configured(
     config = _merged(ours, theirs, last)
     texts = (options.get("aws_secret_access_key"), options.get("aws_session_token"), key)
     secrets = Secrets(text for text in texts if isinstance(text, str))
-    source = KeySource(key, secrets) if callable(key) else None
+    source = key if key is None or isinstance(key, str) else KeySource(key, secrets)
     settings = Settings(
         options=options,
         config=config,
         config_options={**ours, **_said(theirs), **last, "connector": config.connector_args},
         profile=profile,
-        api_key=key if source is None else source,
+        api_key=source,
     )
     return Configured(
         Clients(settings),
         secrets,
         max_concurrency=limit,
         retry=_retry(retries),
-        key_source=source,
+        key_source=source if isinstance(source, KeySource) else None,
     )
 
 

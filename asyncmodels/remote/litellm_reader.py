@@ -40,7 +40,7 @@ def response_from_litellm(answer: Any, request: Request, started: float) -> Resp
 def _response(answer: Any, service: float) -> Response:
     fields = _fields(answer)
     usage, limits = _usage(fields.get("usage")), _rate_limits(answer)
-    choices = fields.get("choices") or ()
+    choices: Any = fields.get("choices") or ()
     if len(choices) == 1:
         choice = _fields(choices[0])
         message = _fields(choice.get("message"))
