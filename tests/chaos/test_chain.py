@@ -1,4 +1,5 @@
-"""Twenty thousand requests through every policy at once, against a server that does everything wrong.
+"""Twenty thousand requests through every policy at once, against a server that does everything wrong; and three
+thousand through the default chains of two models, the second of which stands in for the first.
 
 Each must end within its deadline, in its own answer or in one of our errors, and nothing may be left behind.
 """
@@ -10,15 +11,16 @@ import gc
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import pytest
 
-from asyncmodels.backend import Backend, Statistical, links
+from asyncmodels.backend import Backend, Branching, Statistical, links
 from asyncmodels.errors import AsyncModelsError, ConfigurationError
+from asyncmodels.model import Model
 from asyncmodels.policies.breaker import Breaker
 from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.cache import Cache
@@ -30,6 +32,7 @@ from asyncmodels.policies.retry import Retry
 from asyncmodels.policies.single_flight import SingleFlight
 from asyncmodels.policies.telemetry import Telemetry
 from asyncmodels.remote.openai import OpenAIModel
+from asyncmodels.several import FallbackModel
 from tests.server.handle import Place, Server
 from tests.server.script import Answer, Fault
 
@@ -74,11 +77,11 @@ SLOW = (Answer(fault="hang"), Answer(echo=True, fault="hang_in_body", after=1))
 """These take all of an attempt's time, so there are few."""
 
 
-def script(seed: int) -> list[Answer]:
+def script(seed: int, calls: int = CALLS) -> list[Answer]:
     chance = random.Random(seed)
     return [
         chance.choice(SLOW) if chance.random() < 0.004 else chance.choice(BAD) if chance.random() < 0.3 else GOOD
-        for _ in range(CALLS * 2)
+        for _ in range(calls * 2)
     ]
 
 
@@ -105,7 +108,7 @@ class Tally:
     latest: float = 0.0
 
 
-async def call(model: OpenAIModel, number: int, chance: random.Random, tally: Tally) -> None:
+async def call(model: Model, number: int, chance: random.Random, tally: Tally) -> None:
     """One request, of one kind or another; every tenth is asked for twice at a time, every twentieth given up."""
     # Greedy requests are cached and joined, the others not.
     text = f"word{number // 2 if number % 10 == 0 else number}"
@@ -140,11 +143,12 @@ async def call(model: OpenAIModel, number: int, chance: random.Random, tally: Ta
     tally.latest = max(tally.latest, time.perf_counter() - started)
 
 
-async def disturb(place: Place, chance: random.Random) -> None:
+async def disturb(places: Sequence[Place], chance: random.Random) -> None:
     """Has the server close all of its connections now and then, busy ones and idle ones."""
     while True:
         await asyncio.sleep(0.5 + chance.random())
-        await asyncio.to_thread(place.close)
+        for place in places:
+            await asyncio.to_thread(place.close)
 
 
 @pytest.mark.timeout(400)
@@ -152,26 +156,59 @@ async def disturb(place: Place, chance: random.Random) -> None:
 async def test_every_call_ends_and_nothing_is_left(server: Server, seed: int) -> None:
     """All end in time, in their own answer or a typed error; no slot, task, connection or dollar stays taken."""
     place = server.script(*script(seed))
-    chance = random.Random(seed)
     events: list[Any] = []
     model = OpenAIModel("m", api_base=f"{place.url}/v1", api_key="k", policies=policies(events))
+    await endure(model, [place], CALLS, seed, after_each=events.clear)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("seed", [1])
+async def test_two_models_of_whom_one_stands_in_for_the_other(server: Server, seed: int) -> None:
+    """The same holds for default chains with limits of tokens, below a choice between two servers as bad."""
+    calls = 3000
+    places = [server.script(*script(seed + number, calls)) for number in range(2)]
+    models = [
+        OpenAIModel(
+            f"m{number}",
+            api_base=f"{place.url}/v1",
+            api_key="k",
+            requests_per_minute=6_000_000,
+            tokens_per_minute=60_000_000,
+        )
+        for number, place in enumerate(places)
+    ]
+    # Fewer callers: refused so often, the chains let through only a few at a time.
+    await endure(FallbackModel(*models, cooldown=0.2), places, calls, seed, callers=CALLERS // 2)
+
+
+async def endure(
+    model: Model,
+    places: Sequence[Place],
+    calls: int,
+    seed: int,
+    *,
+    callers: int = CALLERS,
+    after_each: Callable[[], object] = lambda: None,
+) -> None:
+    """So many calls at the places, by so many callers at a time, with what must be true of them."""
+    chance = random.Random(seed)
     tally = Tally()
-    numbers = iter(range(CALLS))
+    numbers = iter(range(calls))
 
     async def caller() -> None:
         for number in numbers:
             await call(model, number, chance, tally)
-            events.clear()
+            after_each()
 
-    disturber = asyncio.create_task(disturb(place, chance))
-    await asyncio.gather(*(caller() for _ in range(CALLERS)))
+    disturber = asyncio.create_task(disturb(places, chance))
+    await asyncio.gather(*(caller() for _ in range(callers)))
     disturber.cancel()
     await asyncio.gather(disturber, return_exceptions=True)
 
     assert tally.wrong == []
     assert tally.latest < DEADLINE + SLACK
-    assert tally.answers + tally.errors.total() + tally.cancelled == CALLS
-    assert tally.answers > CALLS * 0.6
+    assert tally.answers + tally.errors.total() + tally.cancelled == calls
+    assert tally.answers > calls * 0.6
     assert len(tally.errors) >= 3, tally.errors
     assert tally.cancelled > 0
 
@@ -184,10 +221,20 @@ async def test_every_call_ends_and_nothing_is_left(server: Server, seed: int) ->
     assert len(asyncio.all_tasks()) == 1, asyncio.all_tasks()
     counts = model.statistics()
     assert (counts.running, counts.waiting) == (0, 0)
-    for link in links(model._chain):
+    for link in all_links(model):
         if isinstance(link, Statistical):
             said = link.statistics()
             for name in ("running", "in_flight", "waiting", "reserved", "callers", "busy"):
                 assert getattr(said, name, 0) in (0, 0.0), (type(link).__name__, said)
     await model.aclose()
-    await place.until(open=0, in_progress=0)
+    for place in places:
+        await place.until(open=0, in_progress=0)
+
+
+def all_links(model: Backend) -> Iterator[Backend]:
+    """Those of each branch, too."""
+    for link in links(model._chain if isinstance(model, Model) else model):
+        yield link
+        if isinstance(link, Branching):
+            for branch in link.branches().values():
+                yield from all_links(branch)
