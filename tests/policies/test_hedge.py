@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import math
 import random
 import threading
@@ -614,7 +615,7 @@ async def test_being_refused_does_not_keep_the_loop_busy(after: float, streaming
 
     waits = [later - sooner for sooner, later in zip([began, *asked], asked, strict=False)]
     assert waits[0] == pytest.approx(after)
-    assert all(wait == pytest.approx(max(2 * last, 0.05)) for last, wait in zip(waits, waits[1:], strict=False))
+    assert all(wait == pytest.approx(max(2 * last, 0.05)) for last, wait in itertools.pairwise(waits))
     assert 5 < len(asked) < 13
     assert hedge.statistics().denied == 1
 
