@@ -150,13 +150,16 @@ class Concurrency(Policy):
         level = slots.acquire_nowait(request.agent)
         if not level:
             level, waited, request = await self._wait(request)
-        service = self._service(level) if self._adaptive else None
+        service: Service | None = None
         try:
-            if service is None or not self._tells_attempts:
+            if not self._adaptive:
                 response = await self.backend.generate(request)
-            else:
-                with service:
+            elif self._tells_attempts:
+                with Service(slots, self._clock, None) as service:
                     response = await self.backend.generate(request)
+            else:
+                service = Service(slots, self._clock, level)
+                response = await self.backend.generate(request)
         except BaseException as error:
             self._failed(error, request, service)
             raise
@@ -222,11 +225,11 @@ class Concurrency(Policy):
     # A call gives its slot back in one of these two.
 
     def _ended(self, request: Request, service: Service, kind: int | None, *, answered: bool = True) -> None:
-        controller, started, level = self._controller, service.started, service.level
+        controller, started = self._controller, service.started
         if controller is None or started is None or not self._adaptive:
             self._slots.release(request.agent, counted=service.counted)
             return
-        now = self._clock.time()
+        now, level = self._clock.time(), service.level
 
         def learn(running: int) -> int:
             controller.ended(now, started=started, level=level, running=running, kind=kind, answered=answered)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 from asyncmodels.clock import Clock
 from asyncmodels.policies.slots import Slots
 from asyncmodels.trace import RECORD, AttemptRecord, Record, Wait
@@ -23,8 +25,10 @@ class Service(Record):
         self._slots = slots
         self._clock = clock
         self.counted = False
-        self.level = level or 0
-        self.started = None if level is None else clock.time()
+        self.started: float | None = None
+        if level is not None:
+            self.level = level
+            self.started = clock.time()
 
     def waited(self, where: Wait, seconds: float) -> None:
         if self._outer is not None:
@@ -39,9 +43,10 @@ class Service(Record):
 
     # Set and set back by hand: a token is of use in one context alone, and what is abandoned is closed in another.
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._outer = RECORD.get()
         RECORD.set(self)
+        return self
 
     def __exit__(self, *_: object) -> None:
         RECORD.set(self._outer)
