@@ -68,7 +68,7 @@ class Hedge(Policy):
     Where the first request fails while a second one runs, that one's answer is waited for; where all of them fail, the
     error is that of the first. A request that fails before there is a second one fails: trying again is Retry's part.
 
-    A request that is sent twice may be paid for twice: put a Hedge outside of Retry, Budget, RateLimit and Concurrency,
+    A request that is sent twice may be paid for twice: put a Hedge outside of Retry, Budget, Concurrency and RateLimit,
     so that each of them sees both.
     """
 
