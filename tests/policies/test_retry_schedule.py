@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import math
+import random
 import threading
 from itertools import pairwise
 from typing import Any
