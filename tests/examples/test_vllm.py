@@ -11,7 +11,7 @@ from tests.local.on_vllm.kept import SETTINGS, prepare_environment, tiny_folder
 from tests.local.on_vllm.marks import VLLM
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_model.py"
-pytestmark = VLLM
+pytestmark = list(VLLM)
 
 
 def test_it_prints_moods_replies_and_figures() -> None:

@@ -474,17 +474,23 @@ async def test_a_failure_is_not_kept(is_async: bool) -> None:
     """An AuthenticationError with the cause and without its words, one for each; the next caller asks again."""
     answers: Iterator[OSError | str] = iter([OSError("secret=hunter2"), "good"])
 
+    both_ask = threading.Event()
+
     def sync() -> str:
+        both_ask.wait(5)
         answer = next(answers)
         if isinstance(answer, str):
             return answer
         raise answer
 
     async def wrapped() -> str:
+        await asyncio.sleep(0)
         return sync()
 
     cache = cache_of(wrapped if is_async else sync)
-    first, second = await asyncio.gather(cache.get(), cache.get(), return_exceptions=True)
+    asking = asyncio.gather(cache.get(), cache.get(), return_exceptions=True)
+    asyncio.get_running_loop().call_soon(both_ask.set)
+    first, second = await asking
     assert isinstance(first, AuthenticationError)
     assert isinstance(second, AuthenticationError)
     assert first is not second
