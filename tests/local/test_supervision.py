@@ -111,7 +111,7 @@ async def test_out_of_memory_halves_the_batch(start: Start, scripted: Any, ask: 
     assert {response.content for response in responses} == {"abcdefghijklmnopqrst"}
     assert {response.usage.output_tokens for response in responses if response.usage} == {20}
     counted = engine.statistics()
-    assert counted.halvings >= 2
+    assert counted.halvings >= 1  # twice where all were in the batch at once
     assert counted.batch_limit <= 8
     assert (counted.failed, counted.restarts, counted.kv_tokens) == (0, 0, 0)
 

@@ -115,7 +115,9 @@ async def test_log_probabilities_are_the_models_own(model: TransformersModel) ->
     # Any first letter that the model did not want: it keeps the probability that the model gave it.
     held = await model.generate("x", max_tokens=1, logprobs=5, temperature=0.0, grammar=Regex("[a-z]+"))
     assert held.logprobs
-    assert [value for _, value in held.logprobs[0].top] == pytest.approx([value for _, value in free.logprobs[0].top])
+    # The second one may find the prompt in the prefix cache, and another way of adding up.
+    wanted = pytest.approx([value for _, value in free.logprobs[0].top], abs=1e-4)
+    assert [value for _, value in held.logprobs[0].top] == wanted
     assert held.logprobs[0].token == (held.content or "")[0]
     assert held.logprobs[0].logprob < -1
 
