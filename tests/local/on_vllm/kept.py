@@ -6,6 +6,7 @@ there already: the runner, with the event loop that AsyncLLM belongs to, goes fr
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import os
 import threading
@@ -77,7 +78,8 @@ def kept_runner() -> Any:
 
         async def _settle(self) -> None:
             while self._tasks:
-                await next(iter(self._tasks))
+                await asyncio.wait(self._tasks)
+                await asyncio.sleep(0)  # what takes a task that has ended out of them is a callback of its own
 
         def end(self) -> None:
             super().close()
