@@ -63,7 +63,6 @@ def test_a_script_that_just_ends(tmp_path: Path) -> None:
             f"""
             import asyncio, psutil
             from asyncmodels.local.vllm import VLLMModel
-from asyncmodels.local.vllm_watch import watch
 
             model = VLLMModel({str(tiny_folder())!r}, {dict(SETTINGS)!r}, max_batch_size=4)
 
@@ -93,7 +92,6 @@ def test_a_script_without_a_guard(tmp_path: Path) -> None:
             import asyncio
             from asyncmodels.errors import ModelLoadError
             from asyncmodels.local.vllm import VLLMModel
-from asyncmodels.local.vllm_watch import watch
 
             async def main():
                 await VLLMModel({str(tiny_folder())!r}, {dict(SETTINGS)!r}).load()
