@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Literal, Self, TypedDict, Unpack
 
-from asyncmodels.backend import Backend
+from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
 from asyncmodels.errors import ConfigurationError, MissingExtraError
 from asyncmodels.local.engine import Engine, EngineStatistics
 from asyncmodels.local.host import EngineHost
@@ -45,6 +45,15 @@ class EngineBackend(Backend):
     ``apply_chat_template_kwargs`` go to the chat template of every request. An engine whose backend is gone frees its
     memory and its thread.
     """
+
+    capabilities = Capabilities(
+        sampling=ALL_SAMPLING,
+        tools=True,
+        logprobs=True,
+        response_format=True,
+        grammars=ALL_GRAMMARS,
+        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
+    )
 
     batch_schedule = "prefix"
     """What a run over many inputs does best: an engine computes what prompts share once, and long ones go first."""

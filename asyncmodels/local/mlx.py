@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.local.backend import (
     EngineBackend,
@@ -36,15 +36,6 @@ _RESERVED = frozenset({"path_or_hf_repo", "return_config", "trust_remote_code"})
 
 class MLXBackend(EngineBackend):
     """An MLX model on an engine of its own. The parameters are those of ``MLXModel``."""
-
-    capabilities = Capabilities(
-        sampling=ALL_SAMPLING,
-        tools=True,
-        logprobs=True,
-        response_format=True,
-        grammars=ALL_GRAMMARS,
-        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
-    )
 
     def __init__(
         self,

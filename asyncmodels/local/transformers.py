@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import Backend
 from asyncmodels.local.backend import (
     EngineBackend,
     EngineOptions,
@@ -35,15 +35,6 @@ class TransformersBackend(EngineBackend):
 
     ``locate`` turns ``model_id`` into the folder or repository to load; it may block, and raise ModelLoadError.
     """
-
-    capabilities = Capabilities(
-        sampling=ALL_SAMPLING,
-        tools=True,
-        logprobs=True,
-        response_format=True,
-        grammars=ALL_GRAMMARS,
-        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
-    )
 
     def __init__(
         self,

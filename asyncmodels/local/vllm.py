@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing import process
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from asyncmodels.backend import ALL_GRAMMARS, ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.local.backend import EngineBackend, EngineOptions, LocalModel, check_keywords, check_model, require
 from asyncmodels.local.folder import model_source
@@ -29,15 +29,6 @@ __all__ = ["VLLMBackend", "VLLMModel"]
 
 class VLLMBackend(EngineBackend):
     """A vLLM engine. The parameters are those of ``VLLMModel``."""
-
-    capabilities = Capabilities(
-        sampling=ALL_SAMPLING,
-        tools=True,
-        logprobs=True,
-        response_format=True,
-        grammars=ALL_GRAMMARS,
-        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
-    )
 
     def __init__(
         self,
