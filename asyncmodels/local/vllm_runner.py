@@ -76,7 +76,8 @@ class VLLMRunner(Runner):
         config = model.try_get_generation_config()
         tokenizer = engine.get_tokenizer()
         self._vocabulary = model.get_vocab_size()
-        self._caches = bool(engine.vllm_config.cache_config.enable_prefix_caching)
+        setup = engine.vllm_config
+        self._caches = bool(setup.cache_config.enable_prefix_caching)
         return RunnerInfo(
             tokenizer=tokenizer,
             detokenizer=make_detokenizer(tokenizer),
@@ -84,6 +85,8 @@ class VLLMRunner(Runner):
             eos_token_ids=_eos_token_ids(config, engine.renderer.get_eos_token_id()),
             sampling=_sampling_defaults({**config, **model.override_generation_config}),
             padded=False,
+            # More than that would wait inside of vLLM, where nobody is fair to agents.
+            max_rows=setup.scheduler_config.max_num_seqs * setup.parallel_config.data_parallel_size,
             compile_grammar=structured_outputs,
             device=str(current_platform.device_type),
             dtype=str(model.dtype).removeprefix("torch."),

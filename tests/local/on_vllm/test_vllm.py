@@ -283,6 +283,7 @@ async def test_vllm_is_told_our_settings(model: VLLMModel) -> None:
     config = kept_runner()._engine.vllm_config
     assert config.scheduler_config.policy == "priority"
     assert config.scheduler_config.max_num_seqs == ROWS
+    assert kept_runner().info.max_rows == ROWS
     assert config.structured_outputs_config.backend == "guidance"
     statistics = model.statistics().links["VLLMBackend"]
     assert (statistics.device, statistics.dtype, statistics.max_batch_size) == ("cpu", "float32", ROWS)
