@@ -101,6 +101,7 @@ if TYPE_CHECKING:
     from asyncmodels.remote.openai import OpenAIModel, OpenAIServerModel
     from asyncmodels.remote.quirks import Quirks
     from asyncmodels.request import Parameters
+    from asyncmodels.scored import Scored
     from asyncmodels.several import FallbackModel, RouteModel
     from asyncmodels.stream import Stream
     from asyncmodels.sync import SyncModel, SyncStream
@@ -118,6 +119,7 @@ if TYPE_CHECKING:
         Request,
         Response,
         ResponseFormat,
+        Score,
         TextPart,
         Timing,
         TokenLogprob,
@@ -225,6 +227,8 @@ __all__ = [
     "RunStatistics",
     "RunStoppedError",
     "SQLiteJournal",
+    "Score",
+    "Scored",
     "ServerError",
     "ServerTimeoutError",
     "SingleFlight",
@@ -306,6 +310,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Run": ("asyncmodels.batch.run", None),
     "RunStatistics": ("asyncmodels.batch.tally", None),
     "SQLiteJournal": ("asyncmodels.batch.file_journal", None),
+    "Scored": ("asyncmodels.scored", None),
     "SingleFlight": ("asyncmodels.policies.single_flight", None),
     "SmolLMModel": ("asyncmodels.local.smollm", "smollm"),
     "Spending": ("asyncmodels.policies.spending", None),

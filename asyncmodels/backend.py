@@ -57,9 +57,14 @@ class Capabilities:
     extra: bool | frozenset[str] = False
     """Whether ``Request.extra`` is passed on as it is; or the names that are understood."""
     stream: bool = True
+    scores: bool = False
+    """Whether the log-probabilities of a given continuation (``Request.score``) can be had."""
 
     def check(self, request: Request, *, streaming: bool = False) -> None:
         """Raises UnsupportedError, naming the first parameter of ``request`` that this backend cannot honour."""
+        if request.score is not None:
+            self._check_score(request, streaming)
+            return
         for name in _SAMPLING:
             if name not in self.sampling and getattr(request, name) is not None:
                 raise UnsupportedError(f"This model does not support {name}.")
@@ -77,12 +82,22 @@ class Capabilities:
             raise UnsupportedError("This model does not support response_format.")
         if request.grammar is not None and type(request.grammar) not in self.grammars:
             raise UnsupportedError(f"This model does not support {type(request.grammar).__name__} grammars.")
+        if streaming and not self.stream:
+            raise UnsupportedError("This model does not support streaming.")
+        self._check_rest(request)
+
+    def _check_score(self, request: Request, streaming: bool) -> None:
+        if not self.scores:
+            raise UnsupportedError("This model does not tell the log-probability of a given continuation.")
+        if streaming:
+            raise UnsupportedError("A score does not stream: it comes as a whole.")
+        self._check_rest(request)
+
+    def _check_rest(self, request: Request) -> None:
         if request.extra and self.extra is not True:
             unknown = [name for name in request.extra if not self.extra or name not in self.extra]
             if unknown:
                 raise UnsupportedError(f"This model does not know these extra parameters: {', '.join(unknown)}.")
-        if streaming and not self.stream:
-            raise UnsupportedError("This model does not support streaming.")
         if not (self.images and self.provider_parts):
             for message in request.messages:
                 if not isinstance(message.content, str | None):

@@ -21,7 +21,7 @@ __all__ = ["canonical", "identities", "is_sampled", "question"]
 
 def is_sampled(request: Request) -> bool:
     """Whether two answers to ``request`` may differ on purpose: no temperature of 0, no seed, no ``top_k`` of 1."""
-    return request.temperature != 0 and request.seed is None and request.top_k != 1
+    return request.temperature != 0 and request.seed is None and request.top_k != 1 and request.score is None
 
 
 def question(request: Request) -> dict[str, Any]:
@@ -50,6 +50,8 @@ def question(request: Request) -> dict[str, Any]:
         grammar = request.grammar
         values = {field.name: getattr(grammar, field.name) for field in fields(grammar)}
         tree["grammar"] = {"type": type(grammar).__name__, **values}
+    if request.score is not None:
+        tree["score"] = {"prompt": request.score.prompt, "continuation": request.score.continuation}
     if request.extra:
         tree["extra"] = request.extra
     epoch = request.metadata.get("epoch") if request.metadata else None

@@ -18,8 +18,9 @@ from asyncmodels.identity import question
 from asyncmodels.messages import needs_loading
 from asyncmodels.recipe import Reproducible
 from asyncmodels.request import Parameters, build_request, normalise
+from asyncmodels.scored import Scored
 from asyncmodels.stream import Stream
-from asyncmodels.types import Message, Request, Response, evolve
+from asyncmodels.types import Message, Request, Response, Score, evolve
 
 if TYPE_CHECKING:
     from asyncmodels.batch.inputs import Inputs
@@ -142,6 +143,27 @@ class Model(Backend, Reproducible):
         request = build_request(messages, params, self._defaults)
         self._chain.capabilities.check(request, streaming=True)
         return Stream(self._chain, request, self._calls, self)
+
+    async def score(
+        self, prompt: Messages | Sequence[int], continuation: str | Sequence[int], /, **params: Unpack[Parameters]
+    ) -> Scored:
+        """How likely the model thinks ``continuation`` is after ``prompt``::
+
+            scored = await model.score("The capital of France is", " Paris")
+            print(scored.logprob, scored.greedy)
+
+        ``prompt`` is a text as it is, token ids, or messages, which go through the chat template. A score counts and
+        travels as any other call: through ``map`` and a journal as ``Request(messages=(), score=Score(...))``.
+        Raises UnsupportedError where the model cannot tell (``capabilities.scores``), and otherwise as ``generate``.
+        """
+        if isinstance(prompt, str):
+            messages: Any = ()
+        elif isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
+            messages, prompt = (), tuple(prompt)
+        else:
+            messages, prompt = prompt, None
+        score = Score(continuation, prompt)  # type: ignore[arg-type]  # checked with the other parameters
+        return Scored.of(await self.generate(messages, **{**params, "score": score}))
 
     def map(
         self,

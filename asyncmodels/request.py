@@ -13,7 +13,7 @@ from asyncmodels.errors import InvalidRequestError
 from asyncmodels.formats import as_grammar, as_response_format
 from asyncmodels.messages import as_messages
 from asyncmodels.tools import as_tool_choice, as_tools
-from asyncmodels.types import Grammar, Request, evolve, make
+from asyncmodels.types import Grammar, Request, Score, evolve, make
 
 __all__ = ["PARAMETERS", "Parameters", "UntimedParameters", "build_request", "normalise"]
 
@@ -38,6 +38,8 @@ class UntimedParameters(TypedDict, total=False):
     response_format: Any
     """``"json"``, a pydantic model class, a dataclass, a JSON schema, or OpenAI's dict."""
     grammar: Grammar | None
+    score: Score | str | Sequence[int] | None
+    """A given continuation, text or token ids, to be scored instead of an answer; see ``Model.score``."""
     attempt_timeout: float | None
     idle_timeout: float | None
     priority: int | None
@@ -64,9 +66,14 @@ def build_request(messages: Any, params: Mapping[str, Any], defaults: Mapping[st
     values = normalise(params) if params else {}
     if isinstance(messages, Request):
         request = _checked(messages)
+        if values.get("score") or request.score is not None:
+            return _scoring(evolve(request, **values), defaults)
         unset = {name: value for name, value in defaults.items() if getattr(request, name) == _UNSET[name]}
         if unset or values:
             request = evolve(request, **{**unset, **values})
+    elif values.get("score"):
+        given = () if values["score"].prompt is not None and messages == () else as_messages(messages)
+        return _scoring(make(Request, messages=given, **{**_BARE, **values}), defaults)
     else:
         request = make(Request, messages=as_messages(messages), **{**_BARE, **defaults, **values})
     if request.tools or request.tool_choice is not None or request.grammar is not None:
@@ -94,10 +101,34 @@ def _checked(request: Request) -> Request:
         for name, value in normalise(given).items()
         if value is not given[name] and (type(value) is not type(given[name]) or value != given[name])
     }
-    messages = as_messages(request.messages)
+    bare = not request.messages and request.score is not None and request.score.prompt is not None
+    messages = () if bare else as_messages(request.messages)
     if len(messages) != len(request.messages) or not all(map(operator.is_, messages, request.messages)):
         changes["messages"] = messages
     return evolve(request, **changes) if changes else request
+
+
+def _scoring(request: Request, defaults: Mapping[str, Any]) -> Request:
+    """The request for a score: of the model's defaults it has those alone that are not about how to answer."""
+    assert request.score is not None  # noqa: S101  # or there would be nothing to score
+    if request.score.prompt is not None and request.messages:
+        raise InvalidRequestError("A score continues its own prompt or messages, not both; give one of them.")
+    for name in _CHECKS.keys() - _BESIDE_SCORE:
+        if getattr(request, name) != _UNSET[name]:
+            raise InvalidRequestError(f"{name} means nothing where a given continuation is scored.")
+    unset = {
+        name: value
+        for name, value in defaults.items()
+        if name in _BESIDE_SCORE and getattr(request, name) == _UNSET[name]
+    }
+    # With the best token at each place it can be said whether the continuation is what greedy decoding would say.
+    request = evolve(request, **unset)
+    return evolve(request, logprobs=max(1, request.logprobs or 0))
+
+
+_BESIDE_SCORE = frozenset(
+    {"score", "logprobs", "timeout", "attempt_timeout", "idle_timeout", "priority", "agent", "metadata", "extra"}
+)
 
 
 def _check_together(request: Request) -> Request:
@@ -196,6 +227,23 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
     return dict(value)
 
 
+def _score(name: str, value: Any) -> Score:
+    given = value if isinstance(value, Score) else Score(value)
+    continuation = _text_or_tokens(f"The continuation of {name}", given.continuation)
+    if not continuation:
+        raise InvalidRequestError("The continuation is empty: there is nothing to score.")
+    prompt = None if given.prompt is None else _text_or_tokens(f"The prompt of {name}", given.prompt)
+    return Score(continuation, prompt)
+
+
+def _text_or_tokens(name: str, value: Any) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Sequence) or not all(type(token) is int and token >= 0 for token in value):
+        raise InvalidRequestError(f"{name} must be a text or token ids, whole numbers from 0 on.")
+    return tuple(value)
+
+
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "stop_sequences": _stop_sequences,
     "max_tokens": _integer(1),
@@ -211,6 +259,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "tool_choice": lambda _name, value: value,  # means something only beside the tools: checked with them
     "response_format": lambda _name, value: as_response_format(value),
     "grammar": lambda _name, value: as_grammar(value),
+    "score": _score,
     "timeout": _number(0, open_low=True),
     "attempt_timeout": _number(0, open_low=True),
     "idle_timeout": _number(0, open_low=True),

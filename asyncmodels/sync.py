@@ -12,7 +12,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from asyncmodels.batch.tally import RunStatistics
     from asyncmodels.model import Messages, Model, Statistics
     from asyncmodels.request import Parameters
+    from asyncmodels.scored import Scored
     from asyncmodels.stream import Stream
 
 __all__ = ["SyncModel", "SyncRun", "SyncStream"]
@@ -52,6 +53,12 @@ class SyncModel:
     def generate(self, messages: Messages, /, **params: Unpack[Parameters]) -> Response:
         """As ``Model.generate``, blocking this thread. Ctrl-C cancels the call."""
         return _background.run(lambda: self.model.generate(messages, **params))
+
+    def score(
+        self, prompt: Messages | Sequence[int], continuation: str | Sequence[int], /, **params: Unpack[Parameters]
+    ) -> Scored:
+        """As ``Model.score``, blocking this thread."""
+        return _background.run(lambda: self.model.score(prompt, continuation, **params))
 
     def stream(self, messages: Messages, /, **params: Unpack[Parameters]) -> SyncStream:
         """As ``Model.stream``; a plain iterator and context manager."""

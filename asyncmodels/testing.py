@@ -49,6 +49,7 @@ EVERYTHING = Capabilities(
     response_format=True,
     grammars=ALL_GRAMMARS,
     extra=True,
+    scores=True,
 )
 """The capabilities of a backend that accepts every parameter."""
 

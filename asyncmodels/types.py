@@ -30,6 +30,7 @@ __all__ = [
     "ResponseBuilder",
     "ResponseFormat",
     "Role",
+    "Score",
     "TextPart",
     "Timing",
     "TokenLogprob",
@@ -217,6 +218,20 @@ class JSONSchema:
 Grammar: TypeAlias = Regex | EBNF | Choice | JSONSchema
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A given continuation whose log-probability is asked for, instead of an answer.
+
+    It continues ``prompt``, a text as it is or token ids; or, with None, the messages of its request as the model's
+    chat template puts them. Either may be token ids (a tuple) where the model's tokens are known to the caller. What a
+    text ends with in spaces is scored together with the continuation, and the first token of a text whose prompt is
+    empty is scored as the first of a document.
+    """
+
+    continuation: str | tuple[int, ...]
+    prompt: str | tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One request, as it travels down the chain. None means "unset: the backend's own default".
@@ -241,6 +256,8 @@ class Request:
     """``"auto"``, ``"none"``, ``"required"`` or the name of one tool."""
     response_format: ResponseFormat | None = None
     grammar: Grammar | None = None
+    score: Score | None = None
+    """What is to be scored instead of answered; the response's ``logprobs`` are those of its tokens."""
     timeout: float | None = None
     """Seconds for the whole call, retries and waiting included."""
     attempt_timeout: float | None = None

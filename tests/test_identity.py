@@ -28,6 +28,7 @@ from asyncmodels.types import (
     Regex,
     Request,
     ResponseFormat,
+    Score,
     TextPart,
     Tool,
     ToolCall,
@@ -50,6 +51,7 @@ def said(*parts: TextPart | ImagePart | ProviderPart) -> Request:
 
 DIFFERENT = {
     "plain": ask(),
+    "score": ask(score=Score(" there")),
     "role": ask(messages=(Message("system", "Hello"),)),
     "words": ask(messages=(Message("user", "Hello!"),)),
     "two messages": ask(messages=HELLO * 2),

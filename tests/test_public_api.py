@@ -114,6 +114,8 @@ NAMES = [
     "RunStatistics",
     "RunStoppedError",
     "SQLiteJournal",
+    "Score",
+    "Scored",
     "ServerError",
     "ServerTimeoutError",
     "SingleFlight",

@@ -8,6 +8,7 @@ from typing import Any
 import pandas
 
 from asyncmodels.batch.item import Item
+from asyncmodels.types import Request
 
 __all__ = ["as_frame"]
 
@@ -20,13 +21,20 @@ def as_frame(items: Sequence[Item]) -> pandas.DataFrame:
     return frame.astype(dict.fromkeys(_WHOLE, "Int64")).set_index("id")
 
 
+def _prompt(request: Request) -> str | None:
+    if request.messages:
+        return request.messages[-1].text
+    prompt = None if request.score is None else request.score.prompt
+    return prompt if isinstance(prompt, str) else None
+
+
 def _row(item: Item) -> dict[str, Any]:
     response, error = item.response, item.error
     usage = None if response is None else response.usage
     timing = None if response is None else response.timing
     return {
         "id": item.id,
-        "prompt": None if item.request is None else item.request.messages[-1].text,
+        "prompt": None if item.request is None else _prompt(item.request),
         "content": None if response is None else response.content,
         "parsed": None if response is None else response.parsed,
         "reasoning": None if response is None else response.reasoning,

@@ -86,7 +86,7 @@ class Estimator:
         self._constant, self._ratio = max((y - ratio * x) / a, 0.0), ratio
 
     def _answer(self, request: Request) -> float:
-        most = request.max_tokens
+        most = request.max_tokens if request.score is None else 1
         if most is None:
             return self._output
         return float(most) if not self._outputs else min(float(most), self._output)
@@ -108,6 +108,9 @@ class Estimator:
             size += self._size_of_tools(request.tools)
         if request.response_format is not None and request.response_format.schema is not None:
             size += _written(request.response_format.schema)
+        if request.score is not None:
+            for given in (request.score.prompt, request.score.continuation):
+                size += _text(given) if isinstance(given, str) else len(given or ())
         return size
 
     def _size_of_tools(self, tools: tuple[Tool, ...]) -> float:

@@ -49,6 +49,10 @@ def worst_case(request: Request, tokens_per_image: int) -> tuple[int, int | None
     if request.response_format is not None:
         size += _written(request.response_format.schema)
     output = request.max_tokens
+    if request.score is not None:
+        for given in (request.score.prompt, request.score.continuation):
+            size += _bytes(given) if isinstance(given, str) else len(given or ())
+        output = 1  # some servers cannot say less
     if request.extra:
         size += _written(request.extra)
         marked = marked or _marks(request.extra)
