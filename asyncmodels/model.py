@@ -23,6 +23,7 @@ from asyncmodels.stream import Stream
 from asyncmodels.types import Message, Request, Response, Score, evolve
 
 if TYPE_CHECKING:
+    from asyncmodels.batch.executor import Executor
     from asyncmodels.batch.inputs import Inputs
     from asyncmodels.batch.journal import Journal
     from asyncmodels.batch.order import Schedule
@@ -170,7 +171,7 @@ class Model(Backend, Reproducible):
         inputs: Inputs,
         /,
         *,
-        concurrency: int = 1000,
+        concurrency: int | None = None,
         ordered: bool = False,
         limit: int | None = None,
         shuffle: int | None = None,
@@ -179,6 +180,7 @@ class Model(Backend, Reproducible):
         max_errors: int | None = None,
         journal: Journal | str | os.PathLike[str] | None = None,
         progress: bool | Callable[[View], object] | None = None,
+        executor: Executor | None = None,
         **params: Unpack[Parameters],
     ) -> Run:
         """Asks all of ``inputs``, however many, and gives what comes of each as an item with a response or an error::
@@ -190,9 +192,9 @@ class Model(Backend, Reproducible):
         parameters of their own, in a list, an iterator or an async iterator; ``params`` are for those that have none.
         Memory stays bounded at any length, but for the ids that inputs bring (about 60 MB for a million).
 
-        At most ``concurrency`` calls are in flight, whatever the model's own limit is. Items come as they complete, or
-        in the order of the input with ``ordered``. ``limit`` reads no more than so many inputs, ``shuffle`` is the seed
-        of a random order; ``schedule`` is the order of asking ("input", "longest", "prefix"), which for lists and a
+        At most ``concurrency`` calls are in flight, 1000 unless told, whatever the model's own limit is. Items come as
+        they complete, or in the order of the input with ``ordered``. ``limit`` reads no more than so many inputs,
+        ``shuffle`` is the seed of a random order; ``schedule`` is the order of asking ("input", "longest", "prefix"), which for lists and a
         local engine is what is fastest unless told otherwise. ``on_error="raise"`` ends the run with the first error,
         ``max_errors`` with a RunStoppedError when more items have failed.
 
@@ -202,10 +204,17 @@ class Model(Backend, Reproducible):
 
         ``progress`` shows the run in a notebook, on a terminal, or every 30 seconds in the log of a CI job; True shows
         it anywhere, False nowhere, and a function gets a View of it four times a second.
+
+        With an ``executor``, such as ``integrations.ray.RayExecutor``, other processes answer, on any number of
+        machines, and as many calls are in flight as it says, or ``concurrency`` where that is less.
         """
+        from asyncmodels.batch.executor import checked_executor
         from asyncmodels.batch.file_journal import as_journal
         from asyncmodels.batch.run import Run, RunSettings
 
+        executor = checked_executor(executor)
+        if concurrency is None:
+            concurrency = 1000 if executor is None else executor.concurrency
         settings = RunSettings(
             concurrency=concurrency,
             ordered=ordered,
@@ -215,7 +224,15 @@ class Model(Backend, Reproducible):
             on_error=on_error,
             max_errors=max_errors,
         )
-        return Run(self, inputs, settings, params=dict(params), journal=as_journal(journal), progress=progress)
+        return Run(
+            self,
+            inputs,
+            settings,
+            params=dict(params),
+            journal=as_journal(journal),
+            progress=progress,
+            executor=executor,
+        )
 
     @property
     def sync(self) -> SyncModel:

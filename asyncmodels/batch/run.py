@@ -10,13 +10,14 @@ import asyncio
 import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, Sized
-from contextlib import AbstractContextManager, aclosing, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from types import AsyncGeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from asyncmodels.backend import links
 from asyncmodels.batch.crew import Crew
+from asyncmodels.batch.executor import Answering, Executor
 from asyncmodels.batch.inputs import Inputs, checked_inputs, entries
 from asyncmodels.batch.item import Entry, Item
 from asyncmodels.batch.journal import Asker, Journal
@@ -26,6 +27,7 @@ from asyncmodels.batch.tally import RunStatistics, Tally
 from asyncmodels.batch.watch import Watch
 from asyncmodels.errors import ConfigurationError, MissingExtraError, RunStoppedError
 from asyncmodels.identity import identities
+from asyncmodels.types import Request, Response
 
 if TYPE_CHECKING:
     import pandas
@@ -97,12 +99,15 @@ class Run(AsyncIterable[Item]):
         params: dict[str, Any] | None = None,
         journal: Journal | None = None,
         progress: ProgressChoice = False,
+        executor: Executor | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
         self._inputs = checked_inputs(inputs)
         self._params = params or {}
         self._journal = journal
+        self._executor = executor
+        self._answering: Answering | None = None
         self._show = chosen(progress)
         self._total = _total(inputs, settings.limit)
         self._tally = Tally()
@@ -184,7 +189,7 @@ class Run(AsyncIterable[Item]):
     # -- inside -------------------------------------------------------------------------------------------------------
 
     async def _go(self) -> AsyncGenerator[Item, None]:
-        settings, journal = self.settings, self._journal
+        journal = self._journal
         self._began = time.perf_counter()
         if journal is not None:
             try:
@@ -193,23 +198,16 @@ class Run(AsyncIterable[Item]):
                 self._over.set()
                 raise
         try:
-            self._crew = Crew(
-                self._source(),
-                self._answer,
-                concurrency=settings.concurrency,
-                # What is asked in another order than it comes may all have to wait for the first.
-                out=2 * settings.concurrency + (WINDOW if settings.ordered else 0),
-                ordered=settings.ordered,
-                record=None if journal is None else journal.record,
-            )
-            if self._cancelled:  # while the journal was opened
-                self._crew.stop()
-            with self._watched():
-                async with aclosing(self._crew.items()) as items:
-                    async for item in items:
-                        self._tally.add(item)
-                        yield item
-                        self._judge(item)
+            async with self._elsewhere() as self._answering:
+                self._crew = self._hired()
+                if self._cancelled:  # while the journal was opened
+                    self._crew.stop()
+                with self._watched():
+                    async with aclosing(self._crew.items()) as items:
+                        async for item in items:
+                            self._tally.add(item)
+                            yield item
+                            self._judge(item)
         finally:
             self._ended = time.perf_counter()
             try:
@@ -218,11 +216,30 @@ class Run(AsyncIterable[Item]):
             finally:
                 self._over.set()
 
+    def _elsewhere(self) -> AbstractAsyncContextManager[Answering | None]:
+        return nullcontext() if self._executor is None else self._executor.serve(self.model)
+
+    def _hired(self) -> Crew:
+        settings, journal = self.settings, self._journal
+        concurrency = settings.concurrency
+        if self._executor is not None:
+            concurrency = min(concurrency, self._executor.concurrency)
+        return Crew(
+            self._source(),
+            self._answer,
+            concurrency=concurrency,
+            # What is asked in another order than it comes may all have to wait for the first.
+            out=2 * concurrency + (WINDOW if settings.ordered else 0),
+            ordered=settings.ordered,
+            record=None if journal is None else journal.record,
+        )
+
     def _watched(self) -> AbstractContextManager[object]:
         display = None if self._show is None else self._show()
         if display is None and self._journal is None:
             return nullcontext()
-        return Watch(self.model, self.statistics, display=display, journal=self._journal)
+        links = None if self._answering is None else self._answering.links
+        return Watch(self.model, self.statistics, display=display, journal=self._journal, links=links)
 
     def _judge(self, item: Item) -> None:
         """Raises where an item's error is the end of the run."""
@@ -273,23 +290,28 @@ class Run(AsyncIterable[Item]):
         if entry.request is None:
             return Item(index=entry.index, id=entry.id, request=None, error=entry.error, began=time.time())
         began, started = time.time(), time.perf_counter()
-        response, failure = None, None
         self._tally.in_flight += 1
         try:
-            response = await self.model.generate(entry.request)
-        except Exception as error:
-            failure = error
+            answer = await self._answer_to(entry.request)
         finally:
             self._tally.in_flight -= 1
         return Item(
             index=entry.index,
             id=entry.id,
             request=entry.request,
-            response=response,
-            error=failure,
+            response=None if isinstance(answer, Exception) else answer,
+            error=answer if isinstance(answer, Exception) else None,
             began=began,
             seconds=time.perf_counter() - started,
         )
+
+    async def _answer_to(self, request: Request) -> Response | Exception:
+        if self._answering is not None:
+            return await self._answering.answer(request)
+        try:
+            return await self.model.generate(request)
+        except Exception as error:
+            return error
 
 
 def _total(inputs: Inputs, limit: int | None) -> int | None:

@@ -9,11 +9,13 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeGuard
+from typing import TYPE_CHECKING, Self
 
 from asyncmodels.batch.cost import cost_of, listed_tariff
 from asyncmodels.batch.journal import Journal
+from asyncmodels.batch.link_counts import LinkCounts, link_counts
 from asyncmodels.batch.progress import Display, View
 from asyncmodels.batch.record import Sample
 from asyncmodels.batch.tally import RunStatistics
@@ -37,7 +39,8 @@ _WINDOW = 60.0
 class Watch:
     """Looks at a run for as long as it is entered: whenever ``display`` wants, and once a second for ``journal``.
 
-    Neither can fail the run: a display that does is left alone.
+    Neither can fail the run: a display that does is left alone. ``links`` tells what the links of the model count,
+    where others than ``model`` itself do the work.
     """
 
     def __init__(
@@ -47,14 +50,16 @@ class Watch:
         *,
         display: Display | None,
         journal: Journal | None,
+        links: Callable[[], LinkCounts] | None = None,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._model = model
+        self._links = partial(link_counts, model) if links is None else links
         self._statistics = statistics
         self._display = display
         self._journal = journal
         self._clock = clock
-        self._before = _Links()
+        self._before = LinkCounts()
         self._shown = False
         self._priced = False
         self._tariff: Tariff | None = None
@@ -63,7 +68,7 @@ class Watch:
 
     def __enter__(self) -> Self:
         with suppress(Exception):  # of somebody's own link
-            self._before = _links(self._model)
+            self._before = self._links()
         self._task = asyncio.create_task(self._watch())
         return self
 
@@ -97,14 +102,14 @@ class Watch:
             return
         self._priced = True
         with suppress(Exception):  # of somebody's own link
-            if _links(self._model).spent is None:
+            if self._links().spent is None:
                 self._tariff = await asyncio.to_thread(listed_tariff, self._model, self._clock.wall_time())
 
     def _sample(self) -> None:
         if self._journal is None:
             return
         try:
-            limit = _links(self._model).limit
+            limit = self._links().limit
             self._journal.sample(Sample(self._clock.wall_time(), self._statistics().in_flight, limit))
         except Exception as error:  # of somebody's own link or journal
             self._journal = None
@@ -130,7 +135,7 @@ class Watch:
                 display.close()
 
     def _view(self, ended: bool) -> View:
-        now, links, before = self._statistics(), _links(self._model), self._before
+        now, links, before = self._statistics(), self._links(), self._before
         fresh = now.done - now.reused
         mark = _Mark(self._clock.time(), fresh, now.usage.total_tokens)
         if not self._marks or mark.at - self._marks[-1].at >= _SAMPLED:
@@ -168,35 +173,3 @@ class _Mark:
     at: float
     done: int
     tokens: int
-
-
-@dataclass(slots=True)
-class _Links:
-    """What the links of a model count, as far as it is told here."""
-
-    limit: int | None = None
-    waiting: int = 0
-    refused: int = 0
-    retries: int = 0
-    spent: float | None = None
-    currency: str = "USD"
-
-
-def _links(model: Model) -> _Links:
-    """Links are known by what they tell, not by their class: anybody may write one."""
-    statistics = model.statistics()
-    found = _Links(waiting=statistics.waiting)
-    for counted in statistics.links.values():
-        if _is_number(limit := getattr(counted, "limit", None)) and hasattr(counted, "running"):
-            found.limit = limit if found.limit is None else min(found.limit, limit)
-            found.refused += getattr(counted, "refused", 0)
-        if _is_number(retries := getattr(counted, "retries", None)):
-            found.retries += retries
-        if _is_number(spent := getattr(counted, "spent", None)):
-            found.spent = (found.spent or 0.0) + spent
-            found.currency = getattr(counted, "currency", found.currency)
-    return found
-
-
-def _is_number(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
