@@ -45,7 +45,6 @@ CORE: Mapping[str, set[str]] = {
     "backend": {"errors", "recipe", "types"},
     "answers": {"types"},
     "scored": {"errors", "types"},
-    "scored": {"errors", "types"},
     "identity": {"backend", "types"},
     "fingerprint": {"identity"},
     "deadline": {"errors"},
