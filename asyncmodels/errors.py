@@ -40,6 +40,7 @@ AsyncModelsError
 ├── CircuitOpenError             the endpoint fails too often; nothing was sent, see .retry_after
 ├── RepeatedFailureError         this request fails in the same way every time, while others are answered
 ├── LimitStoreError              the store of a shared rate limit cannot be used just now; nothing was sent
+├── BatchError                   a provider's batch ended without an answer; carries .state and .batch
 ├── EngineError                  a local engine could not serve the request
 │   ├── QueueFullError           admission refused: too many requests or tokens are queued
 │   └── EngineDeadError          the engine's thread died; carries the cause
@@ -60,6 +61,7 @@ __all__ = [
     "AsyncModelsError",
     "AttemptTimeoutError",
     "AuthenticationError",
+    "BatchError",
     "BudgetExceededError",
     "CallTimeoutError",
     "CircuitOpenError",
@@ -408,6 +410,21 @@ class LimitStoreError(AsyncModelsError):
     just now; ``__cause__`` says why. Whoever has another model asks that one."""
 
     retryable = True
+
+
+class BatchError(AsyncModelsError):
+    """A provider's batch ended without an answer to this request, or cannot be gone on with.
+
+    ``state`` says how: "failed" (the provider refused the file), "expired", "cancelled", "missing" (it answered others
+    and lost this one) or "unknown". ``batch`` is the provider's id of the batch, None where there is none.
+    """
+
+    def __init__(
+        self, message: str = "", *, state: str | None = None, batch: str | None = None, **data: Any
+    ) -> None:
+        super().__init__(message, **data)
+        self.state = state
+        self.batch = batch
 
 
 # -- local engines, lifetimes -----------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ CORE: Mapping[str, set[str]] = {
     "request": {"errors", "formats", "messages", "tools", "types"},
     # the seam and the face
     "backend": {"errors", "recipe", "types"},
+    "bulk": {"types"},
     "answers": {"types"},
     "scored": {"errors", "types"},
     "identity": {"backend", "types"},
@@ -108,6 +109,7 @@ PACKAGES: Mapping[str, set[str]] = {
     "remote": {
         "",
         "backend",
+        "bulk",
         "clock",
         "errors",
         "identity",
@@ -123,6 +125,7 @@ PACKAGES: Mapping[str, set[str]] = {
     "batch": {
         "answers",
         "backend",
+        "bulk",
         "clock",
         "errors",
         "fingerprint",

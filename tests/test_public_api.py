@@ -26,6 +26,7 @@ NAMES = [
     "AzureOpenAIModel",
     "AzureOpenAIServerModel",
     "Backend",
+    "BatchError",
     "BedrockModel",
     "Breaker",
     "Budget",

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
+from asyncmodels.batch.bulk_journal import BatchNote, BulkJournal, Placed
 from asyncmodels.batch.item import Entry, Item
 from asyncmodels.batch.journal import Asker, Journal
 from asyncmodels.batch.journal_file import JournalFile, damaged
@@ -36,7 +37,7 @@ T = TypeVar("T")
 _FORMAT = 1  # part of every key: a new way of writing down a question never finds the answer to an old one
 
 
-class FileJournal(Journal):
+class FileJournal(Journal, BulkJournal):
     """Keeps the items of a run in the file at ``path``, each once, by its id and by everything that decides its answer.
 
     A run that is given a journal of the same inputs asks only for what is missing, failed items among it. Where the
@@ -96,6 +97,20 @@ class FileJournal(Journal):
     def sample(self, sample: Sample, /) -> None:
         if self._open is not None:
             self._open.samples.append(sample)
+
+    def room(self) -> Path:
+        return self.path.with_name(f".{self.path.name}-batches")
+
+    async def batches(self) -> Sequence[BatchNote]:
+        return await self._do(self._running().file.batches)
+
+    async def placed(self, entries: Sequence[Entry], /) -> Sequence[tuple[Placed, str | None]]:
+        journal = self._running()
+        return await self._do(lambda: journal.placed(entries))
+
+    async def note(self, note: BatchNote, placed: Sequence[Placed] = (), /) -> None:
+        journal = self._running()
+        await self._do(lambda: journal.file.note(note, placed))
 
     async def aclose(self) -> None:
         thread, self._thread = self._thread, None
@@ -235,6 +250,10 @@ class _Open:
         self.file.write(records, samples, replaced)
         self._asked_anew.difference_update(replaced)
 
+    def placed(self, entries: Sequence[Entry]) -> list[tuple[Placed, str | None]]:
+        found = self.file.placed([sound(entry.id) for entry in entries])
+        return [self._placed(entry, found.get(sound(entry.id))) for entry in entries]
+
     def close(self) -> None:
         try:
             if self.samples:
@@ -263,6 +282,20 @@ class _Open:
             raise JournalError(self._said(entry, asked, record))
         self._asked_anew.add(record.id)
         return None
+
+    def _placed(self, entry: Entry, found: tuple[str, str | None] | None) -> tuple[Placed, str | None]:
+        request = entry.request
+        assert request is not None  # noqa: S101  # only what can be asked is placed
+        asked = self._early.get(entry.index) or self._questions.asked(request)
+        if found is not None and found[1] != asked.key:
+            if None not in (found[1], asked.key) and self._advice is not None:
+                raise JournalError(
+                    f"Item {entry.id!r} of the journal {str(self.file.path)!r} is being asked something else in a "
+                    f"batch of the provider's. {self._advice}"
+                )
+            found = None
+        batch = None if found is None or asked.key is None else found[0]
+        return Placed(sound(entry.id), asked.key), batch
 
     def _reused(self, entry: Entry, record: Record) -> Item | None:
         try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from asyncmodels.batch.bulk_journal import BatchNote, Placed
 from asyncmodels.batch.record import Record, Sample
 from asyncmodels.errors import JournalError
 
@@ -35,8 +36,21 @@ class JournalFile(ABC):
         """Returns once they are on the disk, all of them; what it raises leaves the file as it was.
 
         A record takes the place of that which its id had, except one of an input that could not be read. What the ids
-        in ``replaced`` had is answers to something else, and kept aside.
+        in ``replaced`` had is answers to something else, and kept aside. What is recorded is placed in no batch any
+        more, except an input that could not be read.
         """
+
+    @abstractmethod
+    def note(self, note: BatchNote, placed: Sequence[Placed] = (), /) -> None:
+        """As of ``BulkJournal``."""
+
+    @abstractmethod
+    def batches(self) -> Sequence[BatchNote]:
+        """Those in which something was placed when it was opened."""
+
+    @abstractmethod
+    def placed(self, ids: Sequence[str], /) -> Mapping[str, tuple[str, str | None]]:
+        """For those of ``ids`` that were placed when it was opened: the key of the batch, and that of the question."""
 
     @abstractmethod
     def close(self) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from asyncmodels.batch.bulk_journal import BatchNote, Placed
 from asyncmodels.batch.journal_file import JournalFile, cannot, damaged, no_journal, too_new
 from asyncmodels.batch.record import Record, Sample
 
@@ -68,6 +69,27 @@ class JSONLFile(JournalFile):
     def write(self, records: Sequence[Record], samples: Sequence[Sample], replaced: Sequence[str] = (), /) -> None:
         self._append([*(_line(record) for record in records), *(_sampled(sample) for sample in samples)])
 
+    def note(self, note: BatchNote, placed: Sequence[Placed] = (), /) -> None:
+        self._append([f"{_encode({'batch': note._asdict(), **({'placed': placed} if placed else {})})}\n"])
+
+    def batches(self) -> list[BatchNote]:
+        if self._index is None:
+            return []
+        with _speaking(self.path, "read"):
+            rows = self._index.execute("SELECT note FROM batches WHERE key IN (SELECT batch FROM placed)")
+            return [BatchNote(**json.loads(row[0])) for row in rows]
+
+    def placed(self, ids: Sequence[str], /) -> dict[str, tuple[str, str | None]]:
+        found: dict[str, tuple[str, str | None]] = {}
+        if self._index is None:
+            return found
+        with _speaking(self.path, "read"):
+            for id in ids:
+                row = self._index.execute("SELECT batch, asked FROM placed WHERE id = ?", (id,)).fetchone()
+                if row is not None:
+                    found[id] = (row[0], row[1])
+        return found
+
     def close(self) -> None:
         with suppress(OSError):
             self._file.close()
@@ -115,6 +137,9 @@ class JSONLFile(JournalFile):
         does not fit into a few megabytes of memory."""
         index = self._index = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         index.execute("CREATE TABLE lines (id TEXT PRIMARY KEY, start INTEGER, size INTEGER) WITHOUT ROWID")
+        index.execute("CREATE TABLE batches (key TEXT PRIMARY KEY, note TEXT) WITHOUT ROWID")
+        index.execute("CREATE TABLE placed (id TEXT PRIMARY KEY, batch TEXT, asked TEXT) WITHOUT ROWID")
+        batches = False
         index.execute("BEGIN")
         # An input that could not be read takes no other's place.
         statements = {
@@ -127,6 +152,14 @@ class JSONLFile(JournalFile):
             elif "id" in value:
                 index.execute(statements[_is_unread(value)], (value["id"], start, size))
                 self.empty = False
+                if batches and not _is_unread(value):
+                    index.execute("DELETE FROM placed WHERE id = ?", (value["id"],))
+            elif "batch" in value:
+                batches = True
+                note = value["batch"]
+                index.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (note["key"], _encode(note)))
+                rows = ((id, note["key"], asked) for id, asked in value.get("placed", ()))
+                index.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", rows)
         index.execute("COMMIT")
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from asyncmodels.batch.bulk_journal import BatchNote, Placed
 from asyncmodels.batch.journal_file import JournalFile, cannot, damaged, no_journal, too_new
 from asyncmodels.batch.journal_lock import refuse_inherited
 from asyncmodels.batch.record import Record, Sample
@@ -38,6 +39,11 @@ _TABLES = (
     f"CREATE TABLE replaced ({_COLUMNS.replace(' PRIMARY KEY', '')})",
     "CREATE TABLE samples (at REAL NOT NULL, in_flight INTEGER NOT NULL, most INTEGER)",
 )
+# Made when a provider's batch is first noted.
+_BATCH_TABLES = (
+    "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, note TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS placed (id TEXT PRIMARY KEY, batch TEXT NOT NULL, asked TEXT) WITHOUT ROWID",
+)
 RECORD_NAMES = ", ".join(Record._fields)
 _ROW = f"({', '.join('?' * len(Record._fields))})"
 
@@ -55,6 +61,7 @@ class SQLiteFile(JournalFile):
                 self._prepare()
                 self.who = _run(self._connection).get("who")
                 self.empty = self._connection.execute("SELECT 1 FROM items LIMIT 1").fetchone() is None
+                self._has_batches = has_batches(self._connection)
             except BaseException:
                 self._connection.close()
                 raise
@@ -85,7 +92,41 @@ class SQLiteFile(JournalFile):
             connection.executemany("INSERT INTO replaced SELECT * FROM items WHERE id = ?", [(id,) for id in replaced])
             self._insert("REPLACE", asked)
             self._insert("IGNORE", unread)
+            if self._has_batches:
+                connection.executemany("DELETE FROM placed WHERE id = ?", [(record.id,) for record in asked])
             connection.executemany("INSERT INTO samples VALUES (?, ?, ?)", samples)
+
+    def note(self, note: BatchNote, placed: Sequence[Placed] = (), /) -> None:
+        with _speaking(self.path), self._transaction() as connection:
+            for statement in () if self._has_batches else _BATCH_TABLES:
+                connection.execute(statement)
+            told = json.dumps(note._asdict())
+            connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?)", (note.key, told))
+            rows = ((id, note.key, asked) for id, asked in placed)
+            connection.executemany("INSERT OR REPLACE INTO placed VALUES (?, ?, ?)", rows)
+        self._has_batches = True
+
+    def batches(self) -> list[BatchNote]:
+        if not self._has_batches:
+            return []
+        with _speaking(self.path, "read"):
+            rows = self._connection.execute("SELECT note FROM batches WHERE key IN (SELECT batch FROM placed)")
+            return [BatchNote(**json.loads(row[0])) for row in rows]
+
+    def placed(self, ids: Sequence[str], /) -> dict[str, tuple[str, str | None]]:
+        found: dict[str, tuple[str, str | None]] = {}
+        if not self._has_batches:
+            return found
+        with _speaking(self.path, "read"):
+            for start in range(0, len(ids), 500):
+                some = ids[start : start + 500]
+                marks = ",".join("?" * len(some))
+                rows = self._connection.execute(
+                    f"SELECT id, batch, asked FROM placed WHERE id IN ({marks})",  # noqa: S608  # question marks only
+                    some,
+                )
+                found.update((row[0], (row[1], row[2])) for row in rows)
+        return found
 
     def close(self) -> None:
         with suppress(sqlite3.Error):
@@ -201,6 +242,10 @@ def create(connection: sqlite3.Connection) -> None:
         connection.rollback()
         raise
     connection.execute("COMMIT")
+
+
+def has_batches(connection: sqlite3.Connection) -> bool:
+    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'placed'").fetchone() is not None
 
 
 def _record(row: tuple[Any, ...]) -> Record:

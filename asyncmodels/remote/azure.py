@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Protocol, Unpack
 
 import httpx2
 
+from asyncmodels.bulk import Bulk
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.remote.azure_client import Surface, configure_azure
 from asyncmodels.remote.chain import RemoteParameters, remote_chain, split
 from asyncmodels.remote.endpoint import APIKey
+from asyncmodels.remote.openai_batches import OpenAIBatches
 from asyncmodels.remote.options import checked_options, make_pool, require_model_id, with_retries
 from asyncmodels.remote.pool import TransportChoice
 from asyncmodels.remote.providers import PROVIDERS, Provider, known_quirks
@@ -123,6 +126,15 @@ AzureOpenAIServerModel = AzureOpenAIModel
 
 class AzureOpenAIBackend(TokenChatBackend):
     """The Backend of ``AzureOpenAIModel``."""
+
+    def bulk(self) -> Bulk:
+        """For a deployment of one of the batch types; Azure refuses the files of any other."""
+        url = self._endpoint.url
+        return OpenAIBatches(self, base=url.copy_with(path=_BEHIND.sub("", url.path)), path=_CHAT)
+
+
+_CHAT = "/chat/completions"
+_BEHIND = re.compile(rf"(/deployments/[^/]+)?{_CHAT}$")
 
 
 # What Azure's API did not know before a date; the v1 surface knows all of it.

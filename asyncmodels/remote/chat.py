@@ -53,7 +53,7 @@ class ChatBackend(Backend):
 
     async def generate(self, request: Request, /) -> Response:
         body = self._body(request, stream=False)
-        way = await self._authorized() if self._endpoint.api_key else self._static
+        way = await self._way()
         started = time.perf_counter()
         answer = await self.pool.request("POST", self._endpoint.url, headers=way.headers, content=body)
         if not answer.is_success:
@@ -66,7 +66,7 @@ class ChatBackend(Backend):
     @asynccontextmanager
     async def _stream(self, request: Request) -> AsyncIterator[AsyncIterator[Delta]]:
         body = self._body(request, stream=True)
-        way = await self._authorized() if self._endpoint.api_key else self._static
+        way = await self._way()
         started = time.perf_counter()
         async with self.pool.stream("POST", self._endpoint.url, headers=way.headers, content=body) as answer:
             if not answer.is_success:
@@ -94,6 +94,10 @@ class ChatBackend(Backend):
     def _refused(self, answer: httpx2.Response, content: bytes, way: Pass) -> AsyncModelsError:
         """The error that a bad status stands for; here a subclass learns that its key was not accepted."""
         return without(way.secret, error_from_response(answer.status_code, answer.headers, content))
+
+    async def _way(self) -> Pass:
+        """The way in for a request of any kind."""
+        return await self._authorized() if self._endpoint.api_key else self._static
 
     async def _authorized(self) -> Pass:
         """The way in with a key that was asked for just now."""

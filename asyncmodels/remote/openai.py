@@ -7,11 +7,13 @@ from typing import Any, Literal, Unpack, get_args
 
 import httpx2
 
+from asyncmodels.bulk import Bulk
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.remote.chain import RemoteParameters, remote_chain, split
 from asyncmodels.remote.chat import ChatBackend
 from asyncmodels.remote.endpoint import APIKey, Endpoint
+from asyncmodels.remote.openai_batches import OpenAIBatches
 from asyncmodels.remote.openai_client import configure
 from asyncmodels.remote.options import checked_options, make_pool, require_model_id, with_retries
 from asyncmodels.remote.pool import TransportChoice
@@ -118,9 +120,21 @@ OpenAIServerModel = OpenAIModel
 class OpenAIBackend(ChatBackend):
     """The Backend of ``OpenAIModel`` for chat completions."""
 
+    def bulk(self) -> Bulk:
+        return _batches(self, "chat")
+
 
 class OpenAIResponsesBackend(ResponsesBackend):
     """The Backend of ``OpenAIModel`` for the Responses API."""
+
+    def bulk(self) -> Bulk:
+        return _batches(self, "responses")
+
+
+def _batches(backend: ChatBackend, api: API) -> Bulk:
+    url = backend._endpoint.url
+    base = url.copy_with(path=url.path.removesuffix(_PATHS[api]))
+    return OpenAIBatches(backend, base=base, path=f"/v1{_PATHS[api]}")
 
 
 def _of_openai(endpoint: Endpoint) -> Provider | None:

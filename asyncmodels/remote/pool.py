@@ -133,6 +133,29 @@ class HTTPPool:
         finally:
             lease.in_flight -= 1
 
+    async def upload(
+        self, url: httpx2.URL, *, headers: httpx2.Headers, content: AsyncIterator[bytes], length: int
+    ) -> httpx2.Response:
+        """POSTs ``length`` bytes that come piece by piece, so that they are never in memory together.
+
+        They can be sent only once, so that a redirect is a ConfigurationError that names where it leads.
+        """
+        lease = self._lease()
+        lease.in_flight += 1
+        headers = headers.copy()
+        headers["content-length"] = str(length)
+        try:
+            timeout = httpx2.USE_CLIENT_DEFAULT if lease.timeout is None else lease.timeout
+            request = lease.client.build_request("POST", url, headers=headers, content=content, timeout=timeout)
+            response = await lease.client.send(request, follow_redirects=False)
+        except FOREIGN as error:
+            raise self._translate(error, url) from cause_of(error)
+        finally:
+            lease.in_flight -= 1
+        if response.status_code in _REDIRECTS and "location" in response.headers:
+            raise _redirects(response, url)
+        return response
+
     def stream(
         self, method: str, url: httpx2.URL, *, headers: httpx2.Headers, content: bytes | None = None
     ) -> AbstractAsyncContextManager[httpx2.Response]:
@@ -298,10 +321,13 @@ class _Lease:
 
 
 def _keeps_method(response: httpx2.Response, method: str, url: httpx2.URL) -> None:
-    if method != "POST" or response.status_code in _KEEPING:
-        return
+    if method == "POST" and response.status_code not in _KEEPING:
+        raise _redirects(response, url)
+
+
+def _redirects(response: httpx2.Response, url: httpx2.URL) -> ConfigurationError:
     target = url.join(response.headers["location"])
-    raise ConfigurationError(
+    return ConfigurationError(
         f"{url.scheme}://{url.netloc.decode('ascii')} answers {response.status_code} and redirects to "
         f"{target.scheme}://{target.netloc.decode('ascii')}, where a POST cannot follow: use that address."
     )
