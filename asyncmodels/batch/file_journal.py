@@ -79,7 +79,7 @@ class FileJournal(Journal, BulkJournal):
             raise JournalError(f"The journal {str(self.path)!r} is in use by another run of this process.")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=self.path.name)
         try:
-            await self._do(lambda: self._begin(who))
+            await self._do(lambda: self._begin(who, asker))
         except BaseException:
             await self.aclose()
             raise
@@ -143,7 +143,7 @@ class FileJournal(Journal, BulkJournal):
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
-    def _begin(self, who: Mapping[str, Any]) -> None:
+    def _begin(self, who: Mapping[str, Any], asker: Asker) -> None:
         # Here and not by who waits for it: he may be cancelled, and what was opened must be closed.
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,9 @@ class FileJournal(Journal, BulkJournal):
         try:
             file = self._opened()
             try:
-                self._open = _Open(file, lock, self._settled(file, who), self._advice())
+                questions = self._settled(file, who)
+                file.settle({"began": time.time(), "ended": None, "total": asker.total, "origin": asker.origin})
+                self._open = _Open(file, lock, questions, self._advice())
             except BaseException:
                 file.close()
                 raise
@@ -258,6 +260,7 @@ class _Open:
         try:
             if self.samples:
                 self.file.write([], self.samples)
+            self.file.settle({"ended": time.time()})
         except JournalError as error:
             logger.warning("%s", error)
         finally:

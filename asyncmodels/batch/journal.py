@@ -15,10 +15,16 @@ __all__ = ["Asker", "Journal"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
-    """Who answers a run: the model's name, and what its links say of themselves (None: the backend cannot say it)."""
+    """Who answers a run: the model's name, and what its links say of themselves (None: the backend cannot say it).
+
+    How many inputs there are in ``total`` (None: nobody knows), and whose the model is and where, is told to whoever
+    reports on the run.
+    """
 
     model_id: str | None
     chain: tuple[Mapping[str, Any], ...] | None
+    total: int | None = None
+    origin: Mapping[str, Any] | None = None
 
 
 class Journal(ABC):

@@ -27,6 +27,7 @@ _VERSION = 1
 _HEAD = b'{"asyncmodels":"journal",'
 _RAW = ("question", "answer")  # JSON already
 _DEFAULTS = {"attempts": 1, "began": 0.0, "seconds": 0.0, "cached": False}
+_LEAST = len(Sample._fields) - len(Sample._field_defaults)
 _encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
@@ -269,7 +270,7 @@ def as_record(value: Mapping[str, Any]) -> Record | None:
 
 def as_sample(value: Mapping[str, Any]) -> Sample | None:
     told = value.get("sample")
-    return Sample._make(told) if isinstance(told, list) and len(told) == len(Sample._fields) else None
+    return Sample(*told) if isinstance(told, list) and _LEAST <= len(told) <= len(Sample._fields) else None
 
 
 def is_jsonl(path: Path) -> bool:

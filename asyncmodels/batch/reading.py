@@ -32,7 +32,11 @@ class JournalReader:
 
     @property
     def run(self) -> Mapping[str, Any]:
-        """``created`` in seconds since 1970, and ``who`` was asked: the model's name, its endpoint and the like."""
+        """``created`` in seconds since 1970, and ``who`` was asked: the model's name, its endpoint and the like.
+
+        Of the latest run when it ``began`` and ``ended`` (None: it goes on, or was killed), the ``total`` of its
+        inputs, and the ``origin`` of its answers.
+        """
         return self._reader.run
 
     def records(self) -> Iterator[Record]:

@@ -81,6 +81,11 @@ class Sample(NamedTuple):
     in_flight: int
     limit: int | None
     """How many calls the model's Concurrency let in at once, where it has one."""
+    refused: int | None = None
+    """How many calls the server had sent away since the run began."""
+    spent: float | None = None
+    """What the model's Budget had counted since the run began, in its ``currency``; None without one."""
+    currency: str | None = None
 
 
 class Asked(NamedTuple):

@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterable, Sized
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, aclosing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import AsyncGeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
@@ -27,6 +27,7 @@ from asyncmodels.batch.tally import RunStatistics, Tally
 from asyncmodels.batch.watch import Watch
 from asyncmodels.errors import ConfigurationError, MissingExtraError, RunStoppedError
 from asyncmodels.identity import identities
+from asyncmodels.origin import origin_of
 from asyncmodels.types import Request, Response
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ class Run(AsyncIterable[Item]):
         self._began = time.perf_counter()
         if journal is not None:
             try:
-                await journal.begin(Asker(model_id=self.model.model_id, chain=identities(self.model._chain)))
+                await journal.begin(self._asker())
             except BaseException:
                 self._over.set()
                 raise
@@ -215,6 +216,11 @@ class Run(AsyncIterable[Item]):
                     await journal.aclose()
             finally:
                 self._over.set()
+
+    def _asker(self) -> Asker:
+        chain = identities(self.model._chain)
+        origin = None if chain is None else asdict(origin_of(self.model))
+        return Asker(model_id=self.model.model_id, chain=chain, total=self._total, origin=origin)
 
     def _elsewhere(self) -> AbstractAsyncContextManager[Answering | None]:
         return nullcontext() if self._executor is None else self._executor.serve(self.model)

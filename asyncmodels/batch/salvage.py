@@ -18,7 +18,7 @@ from asyncmodels.batch.journal_file import JournalFile, cannot, no_journal
 from asyncmodels.batch.journal_lock import JournalLock
 from asyncmodels.batch.jsonl_file import JSONLFile, as_record, as_sample, is_jsonl, lines
 from asyncmodels.batch.record import Questions, Record, Sample
-from asyncmodels.batch.sqlite_file import RECORD_NAMES, SQLiteFile, connected, create, is_ours
+from asyncmodels.batch.sqlite_file import RECORD_NAMES, SQLiteFile, connected, create, is_ours, sample_names
 from asyncmodels.errors import JournalError
 
 __all__ = ["Salvaged", "salvage_journal"]
@@ -113,7 +113,7 @@ class _Lines:
         run: dict[str, Any] = {}
         for value in self._values():
             if value.get("asyncmodels") == "journal":
-                run.update({name: value[name] for name in ("who", "created") if name in value})
+                run.update({name: told for name, told in value.items() if name not in ("asyncmodels", "format")})
         return run
 
     def records(self) -> Iterator[Record]:
@@ -172,8 +172,8 @@ class _Pages:
                 yield Record._make((*row[:-1], bool(row[-1])))
 
     def samples(self) -> Iterator[Sample]:
-        for row in self._rows("samples", "at, in_flight, most"):
-            yield Sample._make(row)
+        for row in self._rows("samples", sample_names(self._connection)):
+            yield Sample(*row)
 
     def _rows(self, table: str, names: str) -> Iterator[tuple[Any, ...]]:
         """From the first on until the damage; from the last back until the damage; and what lies between, each row by

@@ -23,7 +23,7 @@ from asyncmodels.batch.record import Record, Sample
 __all__ = ["RECORD_NAMES", "SQLiteFile", "SQLiteReader", "connected", "create", "is_ours"]
 
 _OURS = 0x616D6A31  # "amj1"
-_VERSION = 1
+_VERSION = 2
 _TOGETHER = 40  # rows of one statement: more would be more values than an old SQLite takes
 _CHECKED = 256 * 2**20  # bytes up to which a file is looked through when it is opened, which takes a second or less
 _COLUMNS = """
@@ -37,8 +37,14 @@ _TABLES = (
     f"CREATE TABLE items ({_COLUMNS})",
     # What was asked under an id before it was asked something else.
     f"CREATE TABLE replaced ({_COLUMNS.replace(' PRIMARY KEY', '')})",
-    "CREATE TABLE samples (at REAL NOT NULL, in_flight INTEGER NOT NULL, most INTEGER)",
+    "CREATE TABLE samples (at REAL NOT NULL, in_flight INTEGER NOT NULL, most INTEGER, refused INTEGER, spent REAL, "
+    "currency TEXT)",
 )
+_SINCE_1 = tuple(
+    f"ALTER TABLE samples ADD COLUMN {column}" for column in ("refused INTEGER", "spent REAL", "currency TEXT")
+)
+SAMPLE_NAMES = "at, in_flight, most, refused, spent, currency"
+_SAMPLE_NAMES_1 = "at, in_flight, most"
 # Made when a provider's batch is first noted.
 _BATCH_TABLES = (
     "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, note TEXT NOT NULL)",
@@ -94,7 +100,7 @@ class SQLiteFile(JournalFile):
             self._insert("IGNORE", unread)
             if self._has_batches:
                 connection.executemany("DELETE FROM placed WHERE id = ?", [(record.id,) for record in asked])
-            connection.executemany("INSERT INTO samples VALUES (?, ?, ?)", samples)
+            connection.executemany("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)", samples)
 
     def note(self, note: BatchNote, placed: Sequence[Placed] = (), /) -> None:
         with _speaking(self.path), self._transaction() as connection:
@@ -157,6 +163,11 @@ class SQLiteFile(JournalFile):
         connection = self._connection
         if not is_ours(connection, self.path):
             create(connection)
+        elif version(connection) < _VERSION:
+            with self._transaction():
+                for statement in _SINCE_1:
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
         connection.execute("PRAGMA journal_mode = WAL").fetchone()
         connection.execute("PRAGMA synchronous = FULL")
         self._check()
@@ -199,8 +210,8 @@ class SQLiteReader:
 
     def samples(self) -> Iterator[Sample]:
         with _speaking(self.path, "read"):
-            for row in self._connection.execute("SELECT at, in_flight, most FROM samples ORDER BY rowid"):
-                yield Sample._make(row)
+            for row in self._connection.execute(f"SELECT {sample_names(self._connection)} FROM samples ORDER BY rowid"):  # noqa: S608  # names only
+                yield Sample(*row)
 
     def count(self) -> int:
         with _speaking(self.path, "read"):
@@ -220,15 +231,25 @@ def connected(path: Path, patience: float, options: str = "") -> sqlite3.Connect
 def is_ours(connection: sqlite3.Connection, path: Path) -> bool:
     """Whether it is a journal; False for an empty file. Raises JournalError for any other."""
     (mark,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    since = version(connection)
     (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
     if mark != _OURS:
-        if mark or version or tables:
+        if mark or since or tables:
             raise no_journal(path)
         return False
-    if version > _VERSION:
+    if since > _VERSION:
         raise too_new(path)
     return True
+
+
+def version(connection: sqlite3.Connection) -> int:
+    (number,) = connection.execute("PRAGMA user_version").fetchone()
+    return int(number)
+
+
+def sample_names(connection: sqlite3.Connection) -> str:
+    """The columns that a Sample is made of, of those that there were when the journal was made."""
+    return SAMPLE_NAMES if version(connection) > 1 else _SAMPLE_NAMES_1
 
 
 def create(connection: sqlite3.Connection) -> None:

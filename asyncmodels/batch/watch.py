@@ -30,6 +30,9 @@ __all__ = ["Watch"]
 logger = logging.getLogger(__name__)
 
 _SAMPLED = 1.0
+_SAMPLED_FIRST = 0.1
+_OFTEN = 3.0
+"""Seconds from the beginning for which samples are taken more often: short runs have a history, too."""
 _WORTH_A_LIST = 60.0
 """Seconds after which a run is long enough for the half second that reading the list of prices takes."""
 _WINDOW = 60.0
@@ -37,7 +40,8 @@ _WINDOW = 60.0
 
 
 class Watch:
-    """Looks at a run for as long as it is entered: whenever ``display`` wants, and once a second for ``journal``.
+    """Looks at a run for as long as it is entered: whenever ``display`` wants, and once a second for ``journal``, to
+    which it tells more of the first seconds.
 
     Neither can fail the run: a display that does is left alone. ``links`` tells what the links of the model count,
     where others than ``model`` itself do the work.
@@ -60,6 +64,7 @@ class Watch:
         self._journal = journal
         self._clock = clock
         self._before = LinkCounts()
+        self._began = 0.0
         self._shown = False
         self._priced = False
         self._tariff: Tariff | None = None
@@ -69,6 +74,7 @@ class Watch:
     def __enter__(self) -> Self:
         with suppress(Exception):  # of somebody's own link
             self._before = self._links()
+        self._began = self._clock.time()
         self._task = asyncio.create_task(self._watch())
         return self
 
@@ -87,7 +93,7 @@ class Watch:
         while True:
             now = clock.time()
             if now >= sampled:
-                sampled = now + _SAMPLED
+                sampled = now + (_SAMPLED_FIRST if now - self._began < _OFTEN else _SAMPLED)
                 self._sample()
             if self._display is None:
                 shown = now + _SAMPLED
@@ -109,8 +115,12 @@ class Watch:
         if self._journal is None:
             return
         try:
-            limit = self._links().limit
-            self._journal.sample(Sample(self._clock.wall_time(), self._statistics().in_flight, limit))
+            links, before, now = self._links(), self._before, self._clock.wall_time()
+            refused = None if links.limit is None else links.refused - before.refused
+            spent = None if links.spent is None else links.spent - (before.spent or 0.0)
+            currency = None if spent is None else links.currency
+            sample = Sample(now, self._statistics().in_flight, links.limit, refused, spent, currency)
+            self._journal.sample(sample)
         except Exception as error:  # of somebody's own link or journal
             self._journal = None
             logger.warning("A run takes no more samples of itself: %s.", error or type(error).__name__)
