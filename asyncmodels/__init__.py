@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncmodels.backend import Backend, Capabilities, Policy, compose
+    from asyncmodels.batch.executor import Executor
     from asyncmodels.batch.export import export_journal
     from asyncmodels.batch.file_journal import JSONLJournal, SQLiteJournal
     from asyncmodels.batch.item import Item
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         TruncatedResponseError,
         UnknownSchemeError,
         UnsupportedError,
+        WorkerDiedError,
     )
     from asyncmodels.explanation import Explanation, explain
     from asyncmodels.local.host import EngineHost
@@ -170,6 +172,7 @@ __all__ = [
     "EngineError",
     "EngineHost",
     "EventLoopError",
+    "Executor",
     "Explanation",
     "Fallback",
     "FallbackModel",
@@ -257,6 +260,7 @@ __all__ = [
     "UnsupportedError",
     "Usage",
     "VLLMModel",
+    "WorkerDiedError",
     "compose",
     "explain",
     "export_journal",
@@ -283,6 +287,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "Concurrency": ("asyncmodels.policies.concurrency", None),
     "DiskStore": ("asyncmodels.policies.disk_store", None),
     "EngineHost": ("asyncmodels.local.host", None),
+    "Executor": ("asyncmodels.batch.executor", None),
     "Explanation": ("asyncmodels.explanation", None),
     "Fallback": ("asyncmodels.policies.fallback", None),
     "FallbackModel": ("asyncmodels.several", None),

@@ -44,6 +44,7 @@ AsyncModelsError
 ├── EngineError                  a local engine could not serve the request
 │   ├── QueueFullError           admission refused: too many requests or tokens are queued
 │   └── EngineDeadError          the engine's thread died; carries the cause
+├── WorkerDiedError              the process elsewhere that had the request died, and so did the next one
 ├── RunError                     a run over many inputs ended before its time
 │   ├── RunStoppedError          too many of its items failed
 │   └── JournalError             its journal cannot be used, or is another run's
@@ -106,6 +107,7 @@ __all__ = [
     "TruncatedResponseError",
     "UnknownSchemeError",
     "UnsupportedError",
+    "WorkerDiedError",
 ]
 
 
@@ -446,6 +448,11 @@ class EngineDeadError(EngineError):
 
 class ClosedError(AsyncModelsError):
     """The model, pool or engine was closed."""
+
+
+class WorkerDiedError(AsyncModelsError):
+    """The worker of an executor that had the request died, and so did the one that it was sent to again; it may be what
+    kills them. ``__cause__`` says why the second did."""
 
 
 class RunError(AsyncModelsError):

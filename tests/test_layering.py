@@ -292,6 +292,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
     "local.grammar": {"llguidance"},
     **{f"local.vllm_{part}": {"vllm"} for part in ("arguments", "runner", "sampling", "statistics")},
+    **{f"integrations.ray{part}": {"ray"} for part in ("", "_crew", "_failures", "_travel", "_worker")},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
 }
 """Packages of others, imported at the top of the leaf that owns them."""
