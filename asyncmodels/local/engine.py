@@ -21,7 +21,7 @@ from asyncmodels.local.host import EngineHost
 from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.notation import Keys
 from asyncmodels.local.prompt import Prepared, template_kwargs
-from asyncmodels.local.runner import RunnerFactory
+from asyncmodels.local.runner import RunnerFactory, RunnerInfo
 from asyncmodels.local.sequence import Sampling, Sequence
 from asyncmodels.local.tally import EngineState, EngineStatistics, Tally
 from asyncmodels.local.worker import Ready, Worker, WorkerSettings, restart_pause
@@ -151,6 +151,13 @@ class Engine:
             ticket.end()
             raise
 
+    @property
+    def info(self) -> RunnerInfo | None:
+        """What is known of the model; None while it is not loaded."""
+        worker = self._worker
+        ready = None if worker is None else worker.ready.value
+        return None if ready is None else ready.info
+
     def statistics(self) -> EngineStatistics:
         worker, tally = self._worker, self._tally
         ready = worker.ready.value if worker is not None else None
@@ -252,6 +259,7 @@ class Engine:
             max_tokens=room if wanted is None else min(wanted, room),
             sampling=Sampling.of(request, ready.info.sampling),
             constraint=prepared.constraint,
+            images=prepared.images,
             ignore_eos=bool(request.extra.get("ignore_eos", False)),
             cache_salt=self._cache_salt(request),
             agent=request.agent,

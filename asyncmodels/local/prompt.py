@@ -12,15 +12,19 @@ InvalidRequestError, because nobody knows how such a model would like to read it
 Tools are rendered by the template where it knows them and the model's calls can be read, else described in the system
 message. A call that is demanded, and a response format beside tools, are held to our own notation by a grammar. Where
 a grammar holds an answer and the prompt has opened the model's reasoning, the prompt closes it, too.
+
+A model that is shown images gets the content of messages as a list of texts and images, as templates of such models
+want it, and the special tokens that its tokenizer puts around a prompt, unless the template has done that. Images are
+read on threads of their own, because they take a hundred times as long as texts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import copy
-import json
 import queue
 import threading
+import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,12 +35,13 @@ from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.local.answer_parser import AnswerParser
 from asyncmodels.local.deep_threads import DeepThreads
 from asyncmodels.local.notation import Keys, notation_of
-from asyncmodels.local.runner import NativeCalls
+from asyncmodels.local.runner import NativeCalls, ReadsImages
+from asyncmodels.local.template_messages import Messages, in_parts, is_pictured, template_messages
 from asyncmodels.local.tool_grammar import call_grammar
 from asyncmodels.local.tool_prompt import described, tool_shapes, written_out
-from asyncmodels.types import Grammar, JSONSchema, Message, Request, Tool
+from asyncmodels.types import Grammar, ImagePart, JSONSchema, Message, Request, Tool, evolve
 
-__all__ = ["Prepared", "PromptEncoder", "template_fault", "template_kwargs", "template_messages"]
+__all__ = ["Prepared", "PromptEncoder", "template_fault", "template_kwargs"]
 
 # What apply_chat_template is told by us, and what would have it return anything but a text.
 _RESERVED = frozenset(
@@ -69,6 +74,8 @@ class Prepared:
     """Reads the answer; None where all of it is content."""
     demanded: bool = False
     """Whether the answer is a call and nothing else, in which no stop sequence is looked for."""
+    images: Any = None
+    """What the runtime made of the images; None where there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,8 @@ class _Written:
     prompt: tuple[int, ...]
     grammar: Grammar | None
     parser: AnswerParser | None
-    demanded: bool
+    demanded: bool = False
+    images: Any = None
 
 
 class PromptEncoder:
@@ -95,6 +103,8 @@ class PromptEncoder:
         template_kwargs: Mapping[str, Any] | None = None,
         compile_grammar: Callable[[Grammar], Any] | None = None,
         native_calls: NativeCalls | None = None,
+        images: ReadsImages | None = None,
+        blind: str = "This model does not support images.",
         keys: Keys | None = None,
         threads: int = 2,
         name: str = "model",
@@ -103,28 +113,40 @@ class PromptEncoder:
         self._compile = compile_grammar
         self._keys = keys or Keys()
         self._notation = notation_of(tokenizer, native_calls)
+        self._images = images
+        self._blind = blind
+        # Stands for an image in the text of a message; nobody can have written it there.
+        self._picture = None if images is None else f"\x02{uuid.uuid4().hex}\x03"
         # Copied here, where the model is loaded: a copy takes a tenth of a second, in which no event loop gets to run.
         self._spare = queue.SimpleQueue[Any]()
-        for _ in range(threads):
-            self._spare.put(copy.deepcopy(tokenizer))
+        for _ in range(threads if images is None else 2 * threads):
+            self._spare.put(copy.deepcopy((tokenizer, images)))
         self._local = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"asyncmodels-prompt-{name}")
+        self._looking = ThreadPoolExecutor(threads, thread_name_prefix=f"asyncmodels-image-{name}")
         self._deep = DeepThreads(name)
 
     async def prepare(self, request: Request) -> Prepared:
         """Raises InvalidRequestError where the chat template cannot take the messages, the tokenizer their text, or
-        the grammar is wrong; UnsupportedError, MissingExtraError where there are no means for it.
+        the grammar is wrong, or an image cannot be read; UnsupportedError, MissingExtraError where there are no means
+        for it.
         """
-        written = await asyncio.get_running_loop().run_in_executor(self._pool, self._write, request)
+        pool = self._pool
+        if any(map(is_pictured, request.messages)):
+            if self._images is None:
+                raise UnsupportedError(self._blind)
+            request = evolve(request, messages=await self._images.fetched(request.messages))
+            pool = self._looking
+        written = await asyncio.get_running_loop().run_in_executor(pool, self._write, request)
         constraint = None
         if written.grammar is not None:
             if self._compile is None:
                 raise UnsupportedError("This model's runtime cannot hold an answer to a grammar.")
             constraint = await asyncio.wrap_future(self._deep.submit(partial(self._compile, written.grammar)))
-        return Prepared(written.prompt, constraint, written.parser, written.demanded)
+        return Prepared(written.prompt, constraint, written.parser, written.demanded, written.images)
 
     def _write(self, request: Request) -> _Written:
-        tokenizer = self._own_tokenizer()
+        tokenizer, reader = self._own_tokenizer()
         kwargs = {**self._template_kwargs, **template_kwargs(request)}
         tools = () if request.tool_choice == "none" else request.tools
         if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
@@ -134,11 +156,13 @@ class PromptEncoder:
                 )
             if tools:
                 raise UnsupportedError("This model has no chat template: it cannot be told of tools.")
+            if is_pictured(request.messages[0]):
+                raise UnsupportedError("This model has no chat template: it cannot be shown images.")
             prompt = _tokenize(tokenizer, request.messages[0].text, special=True)
-            return _Written(prompt, _content_grammar(request), None, False)
+            return _Written(prompt, _content_grammar(request), None)
         notation, shapes = self._notation, tool_shapes(tools)
-        render = partial(_render, tokenizer, kwargs)
-        messages = template_messages(request.messages)
+        render = partial(_render, tokenizer, kwargs, self._picture)
+        messages = template_messages(request.messages, self._picture)
         text = _render_native(render, messages, shapes) if tools and notation.calls else None
         native = text is not None
         keys = Keys() if native else self._keys
@@ -158,18 +182,20 @@ class PromptEncoder:
             parser = notation.own_parser(tokenizer, text, keys, frozenset(tool.name for tool in tools))
         else:
             parser = notation.plain_parser(tokenizer, text)
-        return _Written(_tokenize(tokenizer, text, special=False), grammar, parser, demanded)
+        prompt, images = _encoded(tokenizer, reader, text, request.messages)
+        return _Written(prompt, grammar, parser, demanded, images)
 
     def close(self) -> None:
         # Prompts that are under way are finished: a cancelled future would look as if its caller had been cancelled.
         self._pool.shutdown(wait=False)
+        self._looking.shutdown(wait=False)
         self._deep.close()
 
-    def _own_tokenizer(self) -> Any:
-        tokenizer = getattr(self._local, "tokenizer", None)
-        if tokenizer is None:
-            tokenizer = self._local.tokenizer = self._spare.get_nowait()
-        return tokenizer
+    def _own_tokenizer(self) -> tuple[Any, ReadsImages | None]:
+        own: tuple[Any, ReadsImages | None] | None = getattr(self._local, "own", None)
+        if own is None:
+            own = self._local.own = self._spare.get_nowait()
+        return own
 
 
 def template_kwargs(request: Request) -> Mapping[str, Any]:
@@ -189,6 +215,35 @@ def template_fault(kwargs: object) -> str | None:
         return f"must be a mapping from names to values, not {kwargs!r}"
     reserved = sorted(_RESERVED & kwargs.keys())
     return f"cannot set {', '.join(reserved)}: that is the engine's own" if reserved else None
+
+
+def _encoded(
+    tokenizer: Any, reader: ReadsImages | None, text: str, messages: tuple[Message, ...]
+) -> tuple[tuple[int, ...], Any]:
+    """The tokens of a prompt, with the images of ``messages`` in their places, and what the runtime makes of these."""
+    if reader is None:
+        return _tokenize(tokenizer, text, special=False), None
+    begin = getattr(tokenizer, "bos_token", None)
+    special = not begin or not text.startswith(begin)
+    images = [
+        (f"messages[{index}].content[{place}]", part.data or b"")
+        for index, message in enumerate(messages)
+        if not isinstance(message.content, str | None)
+        for place, part in enumerate(message.content)
+        if isinstance(part, ImagePart)
+    ]
+    if not images:
+        return _tokenize(tokenizer, text, special=special), None
+    around = text.split(reader.mark)
+    if any(reader.mark in message.text for message in messages):
+        raise InvalidRequestError(f"The messages hold {reader.mark!r}, which this model takes for an image.")
+    if len(around) != len(images) + 1:
+        raise UnsupportedError(
+            f"The model's chat template shows {len(around) - 1} of the {len(images)} images of these messages."
+        )
+    texts, pieces = reader.written(images)
+    whole = "".join(piece for pair in zip(around, texts, strict=False) for piece in pair) + around[-1]
+    return reader.pictured(_tokenize(tokenizer, whole, special=special), pieces)
 
 
 def _tokenize(tokenizer: Any, text: str, *, special: bool) -> tuple[int, ...]:
@@ -233,11 +288,10 @@ def _grammar(request: Request, tools: tuple[Tool, ...], keys: Keys, *, demanded:
 
 # -- chat templates ---------------------------------------------------------------------------------------------------
 
-_Messages: TypeAlias = list[dict[str, Any]]
-_Render: TypeAlias = Callable[[_Messages, list[dict[str, Any]] | None], str]
+_Render: TypeAlias = Callable[[Messages, list[dict[str, Any]] | None], str]
 
 
-def _render_native(render: _Render, messages: _Messages, shapes: list[dict[str, Any]]) -> str | None:
+def _render_native(render: _Render, messages: Messages, shapes: list[dict[str, Any]]) -> str | None:
     """The prompt with tools as the template itself shows them; None where it refuses them or leaves them out."""
     try:
         text = render(messages, shapes)
@@ -246,7 +300,7 @@ def _render_native(render: _Render, messages: _Messages, shapes: list[dict[str, 
         return None
 
 
-def _render_own(render: _Render, messages: _Messages, shapes: list[dict[str, Any]], keys: Keys) -> str:
+def _render_own(render: _Render, messages: Messages, shapes: list[dict[str, Any]], keys: Keys) -> str:
     """The prompt with tools in our words, and with calls and results in our words where the template has none."""
     if shapes:
         return render(described(written_out(messages, keys), shapes, keys), None)
@@ -263,58 +317,26 @@ def _render_own(render: _Render, messages: _Messages, shapes: list[dict[str, Any
     return render(written_out(messages, keys), None)
 
 
-def _render(tokenizer: Any, kwargs: Mapping[str, Any], messages: _Messages, shapes: list[dict[str, Any]] | None) -> str:
+def _render(
+    tokenizer: Any,
+    kwargs: Mapping[str, Any],
+    picture: str | None,
+    messages: Messages,
+    shapes: list[dict[str, Any]] | None,
+) -> str:
     settings = {"add_generation_prompt": True, **kwargs}
     if shapes:
         settings["tools"] = shapes
     refusal: Exception | None = None
     for attempt in (messages, _merged(messages), _without_system(_merged(messages))):
         try:
-            text: str = tokenizer.apply_chat_template(attempt, tokenize=False, **settings)
+            shaped = attempt if picture is None else in_parts(attempt, picture)
+            text: str = tokenizer.apply_chat_template(shaped, tokenize=False, **settings)
         except Exception as error:  # templates are programs of the model's authors: they may raise anything
             refusal = refusal or error
         else:
             return text
     raise InvalidRequestError(f"The model's chat template refuses these messages: {refusal}") from refusal
-
-
-# -- the shapes that chat templates read ------------------------------------------------------------------------------
-
-
-def template_messages(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: arguments of tool calls as objects, and "developer" as "system"."""
-    return [_template_message(message) for message in messages]
-
-
-def _template_message(message: Message) -> dict[str, Any]:
-    shaped: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": message.text,
-    }
-    if message.tool_calls:
-        shaped["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
-            }
-            for call in message.tool_calls
-        ]
-    if message.tool_call_id is not None:
-        shaped["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        shaped["name"] = message.name
-    if message.reasoning is not None:
-        shaped["reasoning_content"] = message.reasoning
-    return shaped
-
-
-def _arguments(text: str) -> Any:
-    # Templates turn an object into the model's own notation; what the model wrote wrongly stays as it wrote it.
-    try:
-        return json.loads(text or "{}")
-    except ValueError:
-        return text
 
 
 def _merged(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
-from asyncmodels.types import FinishReason, Grammar
+from asyncmodels.types import FinishReason, Grammar, Message
 
 __all__ = [
     "Detokenizes",
@@ -21,6 +22,7 @@ __all__ = [
     "MakesDetokenizers",
     "NativeCalls",
     "Output",
+    "ReadsImages",
     "Runner",
     "RunnerFactory",
     "RunnerInfo",
@@ -60,6 +62,30 @@ class NativeCalls:
     read: Callable[[str, list[dict[str, Any]]], Any]
 
 
+class ReadsImages(Protocol):
+    """How the images of a request come into its prompt. Copied for each thread that prepares requests."""
+
+    @property
+    def mark(self) -> str:
+        """What the chat template writes where an image is."""
+        ...
+
+    async def fetched(self, messages: tuple[Message, ...], /) -> tuple[Message, ...]:
+        """``messages`` with all images as data. Raises InvalidRequestError."""
+        ...
+
+    def written(self, images: list[tuple[str, bytes]], /) -> tuple[list[str], list[Any]]:
+        """What stands for each image in the prompt, and what ``pictured`` wants to know of them all.
+
+        The images come with their places in the request. Raises InvalidRequestError for one that cannot be read.
+        """
+        ...
+
+    def pictured(self, ids: Rows[int], pieces: list[Any], /) -> tuple[tuple[int, ...], Any]:
+        """The prompt ``ids`` with the images in it, and what ``Sequence.images`` holds."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerInfo:
     """What the engine must know of a loaded model. Lengths are tokens."""
@@ -84,6 +110,10 @@ class RunnerInfo:
     runtime cannot constrain what it generates."""
     native_calls: NativeCalls | None = field(default=None, repr=False)
     """How the runtime itself reads the model's tool calls, where the tokenizer does not declare it."""
+    images: ReadsImages | None = field(default=None, repr=False)
+    """How the model is shown images; None where it cannot be."""
+    blind: str = "This model does not support images."
+    """Why it cannot be."""
     weight_bytes: int = 0
     """How much memory the weights take; 0 where the runtime does not say."""
     device: str = "cpu"

@@ -126,6 +126,8 @@ class Sequence:
     sampling: Sampling = field(default_factory=Sampling)
     constraint: Any = field(default=None, repr=False)
     """What the runner's ``compile_grammar`` made of the request's grammar; None where anything may be said."""
+    images: Any = field(default=None, repr=False)
+    """What the runner's own ``images`` made of the request's; the prompt has numbers below 0 where they are."""
     ignore_eos: bool = False
     """Whether the answer goes on after a token that would end it."""
     cache_salt: str | None = None

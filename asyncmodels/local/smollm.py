@@ -55,6 +55,8 @@ class SmolLMModel(TransformersModel):
     It is fetched, once, when the model is first used. ``settings`` are those of TransformersModel, without the name.
     """
 
+    _SEES = False
+
     def __init__(self, **settings: Any) -> None:
         for package in ("torch", "transformers", "gguf"):
             if find_spec(package) is None:

@@ -6,10 +6,13 @@ instant, and an event loop never waits for an import.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
-from asyncmodels.backend import Backend
+from asyncmodels.backend import Backend, Capabilities
 from asyncmodels.local.backend import (
     EngineBackend,
     EngineOptions,
@@ -34,6 +37,7 @@ class TransformersBackend(EngineBackend):
     """A Transformers model on an engine of its own. The parameters are those of ``TransformersModel``.
 
     ``locate`` turns ``model_id`` into the folder or repository to load; it may block, and raise ModelLoadError.
+    ``sees`` says whether the model can be shown images, where that is known before it is loaded.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class TransformersBackend(EngineBackend):
         prefix_cache_bytes: int | None = None,
         share_weights: bool = False,
         locate: Callable[[str], str] = str,
+        sees: bool | None = None,
         **options: Unpack[EngineOptions],
     ) -> None:
         check_model(model_id)
@@ -73,6 +78,26 @@ class TransformersBackend(EngineBackend):
             locate,
         )
         super().__init__(factory, model_id=model_id, apply_chat_template_kwargs=apply_chat_template_kwargs, **options)
+        self._sees = _may_see(model_id) if sees is None else sees
+
+    @property
+    def capabilities(self) -> Capabilities:  # type: ignore[override]  # whether a model sees shows when it is loaded
+        info = self.engine.info
+        if info is not None:
+            self._sees = info.images is not None
+        return _SEEING if self._sees else EngineBackend.capabilities
+
+
+_SEEING = replace(EngineBackend.capabilities, images=True)
+
+
+def _may_see(model_id: str) -> bool:
+    """Whether a model may be one that is shown images: it is not where its folder is here and says so."""
+    try:
+        config = json.loads((Path(model_id).expanduser() / "config.json").read_bytes())
+    except (OSError, ValueError, RuntimeError):
+        return True
+    return isinstance(config, dict) and "vision_config" in config
 
 
 def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]) -> Callable[[], Runner]:
@@ -142,6 +167,9 @@ class TransformersModel(LocalModel):
     holds has none.
     """
 
+    _SEES: ClassVar[bool | None] = None
+    """Whether the model can be shown images, where that is known before it is loaded."""
+
     def __init__(
         self,
         model_id: str,
@@ -194,6 +222,7 @@ class TransformersModel(LocalModel):
             tool_name_key=tool_name_key,
             tool_arguments_key=tool_arguments_key,
             locate=self._locate,
+            sees=self._SEES,
         )
         super().__init__(backend, *policies, **defaults)
 

@@ -28,6 +28,7 @@ from asyncmodels.local.prefixes import Prefixes
 from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo
 from asyncmodels.local.sampling import Sampler
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
+from asyncmodels.local.vision import Vision
 from asyncmodels.local.weights import Weights, WeightsSpec, load_weights, shared_weights
 
 __all__ = ["TransformersRunner"]
@@ -57,6 +58,12 @@ class _Prefill:
     @property
     def rest(self) -> int:
         return len(self.tokens) - self.done
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens as the model knows them."""
+        images = self.sequence.images
+        return self.tokens if images is None else images.ids(self.tokens)
 
 
 _Ready: TypeAlias = tuple[_Prefill, Found[Segment]]
@@ -90,6 +97,7 @@ class TransformersRunner(Runner):
         self._accepts: frozenset[str] = frozenset()
         self._device = torch.device("cpu")
         self._sampler = Sampler()
+        self._vision: Vision | None = None
         self._grammars: BatchGrammars | None = None
         self._prefixes: Prefixes | None = None
         self._prefilled = 0
@@ -103,6 +111,7 @@ class TransformersRunner(Runner):
     def load(self) -> RunnerInfo:
         self._weights = weights = shared_weights(self._spec) if self._share else load_weights(self._spec)
         model, tokenizer = weights.model, weights.tokenizer
+        self._vision = None if weights.sight.family is None else Vision(model, weights.sight.family)
         self._windows = layer_windows(model.config)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._device = model.get_input_embeddings().weight.device
@@ -131,6 +140,8 @@ class TransformersRunner(Runner):
             max_tokens=max(1, int((free - capacity * token_bytes) * _MEMORY_SHARE / token_bytes)),
             padded=True,
             compile_grammar=compiler.compile,
+            images=weights.sight.reader,
+            blind=weights.sight.blind,
             weight_bytes=_bytes_of(model),
             device=str(self._device),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -151,7 +162,7 @@ class TransformersRunner(Runner):
         self.reset()
         if self._grammars is not None:
             self._grammars.close()
-        self._weights = None
+        self._weights = self._vision = None
 
     def _try_out(self) -> tuple[int, int]:
         """Sends one token through the model. Returns how many bytes of KV memory it took, and how wide logits are."""
@@ -214,7 +225,8 @@ class TransformersRunner(Runner):
         masks = self._masks(rows)
         width = self._cache.width
         lengths = [_cached(row) for row in rows]
-        tokens, positions = torch.tensor([[row.output[-1] for row in rows], lengths], device=self._device)
+        places = lengths if self._vision is None else self._vision.places(rows, lengths)
+        tokens, positions = torch.tensor([[row.output[-1] for row in rows], places], device=self._device)
         pads = [width - length for length in lengths]
         logits = self._forward(tokens[:, None], self._cache, positions[:, None], self._mask(pads, width + 1))
         self._lengths = [length + 1 for length in lengths]
@@ -285,11 +297,12 @@ class TransformersRunner(Runner):
         width = max(known) + count
         pads = [width - len(prompt) for prompt in prompts]
         try:
-            ids = torch.tensor([((0,) * pad + prompt)[-count:] for pad, prompt in zip(pads, prompts, strict=True)])
+            each = [((0,) * pad + item.ids)[-count:] for pad, (item, _) in zip(pads, items, strict=True)]
             positions = (torch.arange(width - count, width)[None] - torch.tensor(pads)[:, None]).clamp(min=0)
+            ids, positions = self._inputs(each, positions, rows, [width - count - pad for pad in pads])
             cache = self._begin([found for _, found in items], known)
             masks = self._masks(rows)
-            logits = self._forward(ids.to(self._device), cache, positions.to(self._device), self._mask(pads, width))
+            logits = self._forward(ids, cache, positions, self._mask(pads, width))
             outputs = self._sample(logits, rows, masks)
         except Exception as error:
             if len(items) == 1:
@@ -312,8 +325,7 @@ class TransformersRunner(Runner):
                 item.cache = self._begin([found], [found.length])
                 if self._prefixes is not None:
                     self._prefixes.used(sequence, found.length)
-            ids = torch.tensor([item.tokens[start:end]], device=self._device)
-            positions = torch.arange(start, end, device=self._device)[None]
+            ids, positions = self._inputs([item.ids[start:end]], torch.arange(start, end)[None], [sequence], [start])
             masks = None if end < len(item.tokens) else self._masks([sequence])
             logits = self._forward(ids, item.cache, positions)
             item.done = end
@@ -350,6 +362,8 @@ class TransformersRunner(Runner):
                     self._prefixes.remember(row, (*row.prompt, *row.output)[:length], self._cache, index)
 
     def _join(self, sequences: list[Sequence], cache: BatchCache) -> None:
+        if self._vision is not None:
+            self._vision.forget(sequences)
         if self._cache is None:
             self._cache = cache
         else:
@@ -359,6 +373,15 @@ class TransformersRunner(Runner):
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
+    def _inputs(
+        self, tokens: list[tuple[int, ...]], positions: torch.Tensor, rows: list[Sequence], starts: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What goes into the model for ``tokens``, of which a row's first is the one at ``starts`` in its text."""
+        ids, positions = torch.tensor(tokens).to(self._device), positions.to(self._device)
+        if self._vision is None or all(row.images is None for row in rows):
+            return ids, positions
+        return self._vision.inputs(ids, positions, [row.images for row in rows], starts)
+
     def _forward(
         self,
         ids: torch.Tensor,
@@ -366,15 +389,16 @@ class TransformersRunner(Runner):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The logits of the last column, [rows, vocabulary]."""
+        """The logits of the last column, [rows, vocabulary]; ``ids`` are token ids or what is embedded already."""
         kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        kwargs["inputs_embeds" if ids.is_floating_point() else "input_ids"] = ids
         if mask is not None:
             kwargs["attention_mask"] = mask
         if positions is not None and "position_ids" in self._accepts:
             kwargs["position_ids"] = positions
         if "logits_to_keep" in self._accepts:
             kwargs["logits_to_keep"] = 1
-        logits: torch.Tensor = self._model(ids, **kwargs).logits
+        logits: torch.Tensor = self._model(**kwargs).logits
         return logits[:, -1]
 
     def _mask(self, pads: list[int], columns: int) -> torch.Tensor | None:

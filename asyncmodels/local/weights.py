@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from asyncmodels.errors import ModelLoadError, UnsupportedError
+from asyncmodels.local.vision_loading import Sight, look_at
 
 __all__ = ["Weights", "WeightsSpec", "load_weights", "shared_weights"]
 
@@ -39,12 +40,16 @@ class WeightsSpec:
         return repr((self.model_id, self.device_map, self.torch_dtype, self.trust_remote_code, settings))
 
 
+_BLIND = Sight()
+
+
 class Weights:
     """A loaded model. ``lock`` is held during each use of the model, because engines may share one."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, sight: Sight = _BLIND) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.sight = sight
         self.lock = threading.Lock()
 
 
@@ -68,7 +73,7 @@ def load_weights(spec: WeightsSpec) -> Weights:
     """Loads model and tokenizer. Raises ModelLoadError, in one sentence."""
     try:
         return _load(spec)
-    except ModelLoadError:
+    except (ModelLoadError, UnsupportedError):
         raise
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
@@ -86,12 +91,14 @@ def _load(spec: WeightsSpec) -> Weights:
     if str(device_map) != "cpu":
         kwargs["device_map"] = device_map
     tokenizer = AutoTokenizer.from_pretrained(spec.model_id, **common, **source)
-    model = AutoModelForCausalLM.from_pretrained(spec.model_id, **kwargs).eval()
+    sight = look_at(spec.model_id, config, tokenizer, {**common, **source})
+    auto = AutoModelForCausalLM if sight.family is None else AutoModelForImageTextToText
+    model = auto.from_pretrained(spec.model_id, **kwargs).eval()
     if getattr(model, "_is_stateful", False):
         raise UnsupportedError(
             f"Models of type {config.model_type!r} keep a state instead of keys and values and cannot be batched here."
         )
-    return Weights(model, tokenizer)
+    return Weights(model, tokenizer, sight)
 
 
 _SOURCE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")

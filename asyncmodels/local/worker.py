@@ -218,6 +218,8 @@ class Worker:
             template_kwargs=settings.template_kwargs,
             compile_grammar=info.compile_grammar,
             native_calls=info.native_calls,
+            images=info.images,
+            blind=info.blind,
             keys=settings.keys,
             name=settings.name,
         )

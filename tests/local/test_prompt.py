@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from asyncmodels.errors import InvalidRequestError
-from asyncmodels.local.prompt import PromptEncoder, template_messages
+from asyncmodels.local.prompt import PromptEncoder
+from asyncmodels.local.template_messages import template_messages
 from asyncmodels.types import ImagePart, Message, Request, TextPart, ToolCall
 
 ALTERNATING = (
