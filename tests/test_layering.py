@@ -88,7 +88,7 @@ CORE: Mapping[str, set[str]] = {
     "testing": {"backend", "clock", "errors", "stopping", "types"},
     # on top
     "": set(),
-    "cli": {"commands.ask", "commands.models", "commands.terminal"},
+    "cli": {"commands.ask", "commands.batch", "commands.models", "commands.terminal"},
     "__main__": {"cli"},
 }
 """What each module of the core imports when it is imported; "" is the package itself."""
@@ -271,6 +271,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "batch.progress_notebook": {"IPython"},
     "batch.progress_rich": {"rich"},
     "callable": {"anyio"},
+    "commands.batch_parquet": {"pyarrow"},
     "policies.limit_redis": {"redis"},
     "policies.redis_store": {"redis"},
     "policies.telemetry_spans": {"opentelemetry"},
@@ -291,6 +292,8 @@ FOREIGN: Mapping[str, set[str]] = {
     "remote.litellm_wire": {"aiohttp"},
     "local": RUNTIMES | {"filelock", "huggingface_hub"},
     "local.grammar": {"llguidance"},
+    "local.image_fetch": {"httpx2"},
+    "local.vision_reader": {"PIL"},
     **{f"local.vllm_{part}": {"vllm"} for part in ("arguments", "runner", "sampling", "statistics")},
     **{f"integrations.ray{part}": {"ray"} for part in ("", "_crew", "_failures", "_travel", "_worker")},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
@@ -328,6 +331,7 @@ PURE = {
     "sequence",
     "signals",
     "tally",
+    "template_messages",
     "template_parser",
     "tool_grammar",
     "tool_prompt",

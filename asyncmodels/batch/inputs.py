@@ -7,16 +7,30 @@ What cannot be read as a request becomes an entry with an error, which names the
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from asyncmodels.batch.item import Entry
 from asyncmodels.errors import ConfigurationError, InvalidRequestError
 from asyncmodels.types import Message, Request
 
-__all__ = ["Inputs", "checked_inputs", "entries"]
+__all__ = ["Inputs", "Placed", "checked_inputs", "entries"]
 
 Inputs: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 """Strings, lists of messages, dicts with ``messages`` or ``prompt``, an ``id`` and parameters, or Requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """An input of a file: its errors name ``place``, and not which input it is of all.
+
+    A ``value`` that is an error is an input that could not even be read; ``id`` is for those, where it could be.
+    """
+
+    value: Any
+    place: str
+    id: str | int | None = None
+
 
 MakeRequest: TypeAlias = Callable[[Any, Mapping[str, Any]], Request]
 
@@ -56,7 +70,12 @@ class _Reader:
         index = self._index
         self._index += 1
         given: str | None = None
+        place = f"Input {index}"
         try:
+            if isinstance(value, Placed):
+                place, given, value = value.place, None if value.id is None else str(value.id), value.value
+            if isinstance(value, InvalidRequestError):
+                raise value
             given = _id(value)
             messages, params = _taken_apart(value)
             self._unnamed.append(given is None)
@@ -65,7 +84,7 @@ class _Reader:
         except InvalidRequestError as error:
             if len(self._unnamed) == index:
                 self._unnamed.append(given is None)
-            return Entry(index, str(index) if given is None else given, None, _placed(error, index, given))
+            return Entry(index, str(index) if given is None else given, None, _placed(error, place, given))
 
     def _once(self, index: int, given: str | None) -> None:
         if given is None:
@@ -102,8 +121,8 @@ def _taken_apart(value: Any) -> tuple[Any, Mapping[str, Any]]:
     return messages, fields
 
 
-def _placed(error: InvalidRequestError, index: int, id: str | None) -> InvalidRequestError:
-    name = f"Input {index}" if id is None else f"Input {index} (id {id!r})"
+def _placed(error: InvalidRequestError, place: str, id: str | None) -> InvalidRequestError:
+    name = place if id is None else f"{place} (id {id!r})"
     placed = InvalidRequestError(f"{name}: {error}")
     placed.__cause__ = error
     return placed

@@ -28,7 +28,7 @@ class UsageError(Exception):
     """What was typed cannot work, as one sentence; nothing was asked."""
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "-m",
         "--model",

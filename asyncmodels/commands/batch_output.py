@@ -1,0 +1,335 @@
+"""Where results go: JSON lines, CSV or Parquet in a file, or standard output, each written as soon as it is there."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from asyncmodels.batch.item import Item
+from asyncmodels.batch.record import sound
+from asyncmodels.commands.terminal import UsageError
+from asyncmodels.errors import MissingExtraError
+
+__all__ = ["COLUMNS", "Output", "StandardOutput", "as_row", "csv_output", "json_output", "parquet_output"]
+
+Row: TypeAlias = Mapping[str, Any]
+Existing: TypeAlias = Literal["refuse", "resume", "overwrite"]
+
+COLUMNS: tuple[tuple[str, type], ...] = (
+    ("id", str),
+    ("content", str),
+    ("parsed", str),
+    ("tool_calls", str),
+    ("reasoning", str),
+    ("finish_reason", str),
+    ("error", str),
+    ("error_text", str),
+    ("error_status", int),
+    ("attempts", int),
+    ("seconds", float),
+    ("input_tokens", int),
+    ("output_tokens", int),
+    ("cached_tokens", int),
+    ("reasoning_tokens", int),
+    ("model", str),
+    ("reused", bool),
+    ("logprobs", str),
+)
+"""What the output has of each item. ``parsed``, ``tool_calls`` and ``logprobs`` are JSON, in tables as text."""
+
+_TOGETHER = 2000
+"""Rows of one group of a Parquet file."""
+
+
+def as_row(item: Item) -> dict[str, Any]:
+    """Without what there is nothing of, but for the id and the content."""
+    response, error = item.response, item.error
+    row: dict[str, Any] = {"id": item.id, "content": None}
+    if error is not None:
+        row |= {
+            "error": type(error).__name__,
+            "error_text": str(error),
+            "error_status": getattr(error, "status", None),
+            "attempts": getattr(error, "attempts", None),
+            "seconds": round(item.seconds, 6),
+        }
+    if response is not None:
+        usage = response.usage
+        row |= {
+            "content": response.content,
+            "parsed": response.parsed,
+            "tool_calls": [
+                {"id": call.id, "name": call.name, "arguments": call.arguments} for call in response.tool_calls
+            ]
+            or None,
+            "reasoning": response.reasoning,
+            "finish_reason": response.finish_reason,
+            "attempts": response.attempts,
+            "seconds": round(item.seconds, 6),
+            "input_tokens": None if usage is None else usage.input_tokens,
+            "output_tokens": None if usage is None else usage.output_tokens,
+            "cached_tokens": None if usage is None else usage.cached_tokens,
+            "reasoning_tokens": None if usage is None else usage.reasoning_tokens,
+            "model": response.model,
+            "reused": item.reused or None,
+            "logprobs": response.logprobs and [[each.token, each.logprob, each.top] for each in response.logprobs],
+        }
+    return {name: value for name, value in row.items() if value is not None or name in ("id", "content")}
+
+
+class Output(ABC):
+    """Takes rows. ``pending`` are those that were given and are not yet where a killed process leaves them."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self.pending: list[Row] = []
+
+    @abstractmethod
+    def open(self) -> None:
+        """Makes sure that there can be written. Raises UsageError; changes nothing that exists."""
+
+    @abstractmethod
+    def write(self, row: Row) -> None:
+        """Raises OSError, and what was written before is as it was."""
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Returns once what was written is on the disk. Blocks; may be called in any thread."""
+
+    @abstractmethod
+    def close(self, *, whole: bool) -> None:
+        """``whole`` says that all of the input is in it. Raises OSError. Closing twice is allowed."""
+
+
+# -- lines ------------------------------------------------------------------------------------------------------------
+
+
+class _Lines(Output):
+    """Rows as lines of text, each in the file before the next one comes."""
+
+    def __init__(self, path: Path, encode: Callable[[Row], bytes], existing: Existing, head: bytes = b"") -> None:
+        super().__init__()
+        self.name = str(path)
+        self._path = path
+        self._encode = encode
+        self._existing = existing
+        self._head = head
+        self._size = 0
+        self._file = -1
+        self._made = False
+        self._before: Path | None = None
+
+    def open(self) -> None:
+        _check_place(self._path, self._existing)
+        if self._path.exists():
+            return
+        try:
+            self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError as error:
+            raise UsageError(_cannot(self._path, error)) from error
+        self._made = True
+
+    def write(self, row: Row) -> None:
+        self.pending.append(row)
+        data = b"".join(map(self._encode, self.pending))
+        if not self._size:
+            data = self._head + data
+        self._append(data)
+        self.pending.clear()
+
+    def sync(self) -> None:
+        if self._file >= 0:
+            os.fsync(self._file)
+
+    def close(self, *, whole: bool) -> None:
+        if whole and not self._size:
+            self._append(self._head)
+        file, self._file = self._file, -1
+        if file < 0:
+            return
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+        if self._made and not self._size and not whole:
+            self._path.unlink(missing_ok=True)
+        if whole and self._before is not None:
+            self._before.unlink(missing_ok=True)
+
+    def _append(self, data: bytes) -> None:
+        if self._file < 0:
+            self._file = self._replaced()
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(self._file, self._size)
+                os.lseek(self._file, self._size, os.SEEK_SET)
+            raise
+        self._size += len(data)
+
+    def _replaced(self) -> int:
+        """Opens the file anew where another one was.
+
+        That of a run which is resumed stays beside it until the new one is whole: there may be answers in it that its
+        journal could not take any more.
+        """
+        if self._existing == "resume" and self._path.exists():
+            self._before = self._path.with_name(f"{self._path.name}.before")
+            if not self._before.exists():
+                self._path.replace(self._before)
+        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+
+
+def json_output(path: Path, existing: Existing) -> Output:
+    return _Lines(path, as_json, existing)
+
+
+def csv_output(path: Path, existing: Existing, names: Sequence[str], delimiter: str) -> Output:
+    def line(values: Sequence[Any]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, delimiter=delimiter).writerow(values)
+        return text.getvalue().encode("utf-8", "backslashreplace")
+
+    return _Lines(path, lambda row: line([_plain(row.get(name)) for name in names]), existing, line(names))
+
+
+def as_json(row: Row) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8") + b"\n"
+    except UnicodeEncodeError:  # half of a character, which only an escape can hold
+        return json.dumps(row, default=str).encode("ascii") + b"\n"
+
+
+class StandardOutput(Output):
+    """JSON lines on standard output."""
+
+    name = "standard output"
+
+    def open(self) -> None:
+        """It is open."""
+
+    def write(self, row: Row) -> None:
+        sys.stdout.buffer.write(as_json(row))
+        sys.stdout.buffer.flush()
+
+    def sync(self) -> None:
+        """It is whoever reads who keeps it."""
+
+    def close(self, *, whole: bool) -> None:
+        """It stays open."""
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def parquet_output(path: Path, existing: Existing, columns: Sequence[tuple[str, type]]) -> Output:
+    """Raises MissingExtraError where pyarrow is missing."""
+    try:
+        from asyncmodels.batch import parquet
+    except ImportError as error:
+        raise MissingExtraError('pyarrow is missing: pip install "asyncmodels[parquet]".') from error
+    return _Parquet(path, existing, columns, parquet.ParquetFile)
+
+
+class _Parquet(Output):
+    """A file that appears when it is closed, because nobody could read it before."""
+
+    def __init__(
+        self, path: Path, existing: Existing, columns: Sequence[tuple[str, type]], make: Callable[..., Any]
+    ) -> None:
+        super().__init__()
+        self.name = str(path)
+        self._path = path
+        self._existing = existing
+        self._columns = columns
+        self._make = make
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._file: Any = None
+        self._count = 0
+
+    def open(self) -> None:
+        _check_place(self._path, self._existing)
+        try:
+            self._file = self._make(self._partial, self._columns)
+        except OSError as error:
+            raise UsageError(_cannot(self._path, error)) from error
+
+    def write(self, row: Row) -> None:
+        kinds = dict(self._columns)
+        self.pending.append({name: _typed(row.get(name), kind) for name, kind in kinds.items()})
+        if len(self.pending) >= _TOGETHER:
+            self._save()
+
+    def sync(self) -> None:
+        """It is a file only when it is closed."""
+
+    def close(self, *, whole: bool) -> None:
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            if self.pending:
+                file.write(self.pending)
+                self._count += len(self.pending)
+            file.close()
+            if self._count or whole:
+                self._partial.replace(self._path)
+                self.pending.clear()
+        finally:
+            with suppress(OSError):
+                file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def _save(self) -> None:
+        self._file.write(self.pending)
+        self._count += len(self.pending)
+        self.pending.clear()
+
+
+# -- what they share --------------------------------------------------------------------------------------------------
+
+
+def _check_place(path: Path, existing: Existing) -> None:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; -o needs the name of a file.")
+    if path.exists():
+        if existing == "refuse":
+            raise UsageError(
+                f"{path} exists: --resume goes on with the run that made it, --overwrite starts over, "
+                "or choose another file."
+            )
+        if not path.is_file():
+            raise UsageError(f"{path} is no plain file.")
+        if not os.access(path, os.W_OK):
+            raise UsageError(f"{path} cannot be written: you may not, or its disk is read-only.")
+    elif not path.parent.exists():
+        raise UsageError(f"the folder {path.parent} does not exist.")
+
+
+def _cannot(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written: {error.strerror or error}."
+
+
+def _plain(value: Any) -> Any:
+    """As it is written into a cell."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if value is None:
+        return None
+    return sound(str(_plain(value))) if kind is str else value

@@ -1,0 +1,115 @@
+"""The model that a command line describes: its name, its settings, and the limits that hold for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from asyncmodels.commands.terminal import UsageError, add_model
+
+if TYPE_CHECKING:
+    from asyncmodels.model import Model
+
+__all__ = ["add_limits", "add_model_options", "concurrency", "load_model", "settings", "whole"]
+
+
+def add_model_options(parser: argparse._ArgumentGroup) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--model-arg",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a setting of the model's class, such as api_base=http://localhost:8000/v1 or max_batch_size=64; "
+        "the value is JSON, or else a text; repeatable",
+    )
+
+
+def add_limits(parser: argparse._ArgumentGroup) -> None:
+    parser.add_argument("--rpm", metavar="N", type=_positive, help="at most so many requests a minute")
+    parser.add_argument("--tpm", metavar="N", type=_positive, help="at most so many tokens a minute, in and out")
+    parser.add_argument(
+        "--budget", metavar="DOLLARS", type=_positive, help="refuse what could cost more (prices: the extra `prices`)"
+    )
+
+
+def load_model(options: argparse.Namespace, calls: int | Literal["auto"], **chain: Any) -> Model:
+    """The model of ``options``, which lets ``calls`` in at once; ``chain`` is for the default chain of remote models.
+
+    Raises UsageError, and what ``load`` does.
+    """
+    from asyncmodels import load
+    from asyncmodels.model import Model
+    from asyncmodels.policies.budget import Budget
+    from asyncmodels.policies.rate_limit import RateLimit
+
+    name, given = options.model, settings("--model-arg", options.model_arg)
+    rpm, tpm, budget = (getattr(options, name, None) for name in ("rpm", "tpm", "budget"))
+    if _is_remote(name):
+        limits = {
+            "max_concurrency": calls,
+            "requests_per_minute": rpm,
+            "tokens_per_minute": tpm,
+            "budget": budget,
+            **chain,
+        }
+        if given.get("policies") is None:
+            given = {**{name: value for name, value in limits.items() if value is not None}, **given}
+        return load(name, **given)
+    model = load(name, **given)
+    policies: list[Any] = []
+    if budget is not None:
+        policies.append(partial(Budget, spending=budget))
+    if rpm is not None or tpm is not None:
+        policies.append(partial(RateLimit, requests_per_minute=rpm, tokens_per_minute=tpm))
+    return Model(model, *policies) if policies else model
+
+
+def _is_remote(name: str) -> bool:
+    """Whether the model's class takes what all remote models share."""
+    from asyncmodels.registry import schemes
+
+    scheme = name.partition(":")[0]
+    return any(row.scheme == scheme and row.target.startswith("asyncmodels.remote.") for row in schemes())
+
+
+def settings(option: str, pairs: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` as given several times; a value is JSON where it can be read as such. Raises UsageError."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name.strip().isidentifier():
+            raise UsageError(f"{option} needs NAME=VALUE, not {pair.partition('=')[0]!r}.")
+        try:
+            found[name.strip()] = json.loads(value)
+        except ValueError:
+            found[name.strip()] = value
+    return found
+
+
+def concurrency(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return whole(text)
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f'"auto" or a whole number of at least 1 is needed, not {text!r}') from error
+
+
+def whole(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 1 is needed, not {text!r}")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0 is needed, not {text!r}")
+    return value
