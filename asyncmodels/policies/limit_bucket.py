@@ -39,7 +39,7 @@ Amounts: TypeAlias = tuple[float, float, float, float]
 Limits: TypeAlias = tuple[float | None, float | None, float | None, float | None]
 """Of each dimension how much a minute; None: as much as you like."""
 
-BURST = 0.04
+BURST = 0.03
 """Seconds whose worth may go at once after a pause. A server that counts by the second sees no more than 5 % above."""
 CREDIT = 1.0
 """Seconds whose worth calls that took less than they were thought to may leave to others at once."""
@@ -123,10 +123,20 @@ class Bucket:
     def wait(self, now: float, ahead: Amounts = (0.0, 0.0, 0.0, 0.0)) -> float:
         """In how many seconds a call may go, once those ``ahead`` of it have; as far as is known now."""
         self._refill(now)
-        seconds = max(0.0, self.held_until - now)
+        seconds = 0.0
         for place, rate in self._rates:
             seconds = max(seconds, (ahead[place] - self.levels[place]) / rate)
+        # The levels may be those of a moment to come, at which somebody was told to go.
+        seconds = max(seconds + (self.at - now), self.held_until - now)
         return seconds if seconds > GRAIN else 0.0
+
+    def promise(self, at: float, cost: Amounts) -> None:
+        """Takes it for a call that goes at a moment to come, and counts on from there.
+
+        What flows until then is not there twice: kept as of now, a level that is full would be emptied and fill again.
+        """
+        self._refill(at)
+        self.spend(cost)
 
     def settle(self, now: float, back: Amounts) -> None:
         """Gives back what one call took too much; what is negative it took in addition.
@@ -223,7 +233,7 @@ class Asked:
     backs: Sequence[Amounts] = ()
     lessons: Sequence[Lesson] = ()
     ahead: float = 0.0
-    """Seconds. Who may go so soon is told when, and the way to the store and back costs no time."""
+    """Seconds, less than JUMP. Who may go so soon is told when, and the way to the store and back costs no time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,12 +262,12 @@ def serve(bucket: Bucket, now: float, asked: Asked) -> Answer:
         delay = bucket.wait(now)
         if delay > asked.ahead or bucket.held_until > now:
             break
-        bucket.spend(cost)
+        bucket.promise(now + delay, cost)
         delays.append(delay)
     wait = bucket.wait(now)
     a, b, c, d = bucket.levels
     w, x, y, z = bucket.learned
-    return Answer(tuple(delays), wait, bucket.at, bucket.number, (a, b, c, d), bucket.spent, (w, x, y, z))
+    return Answer(tuple(delays), wait, now, bucket.number, (a, b, c, d), bucket.spent, (w, x, y, z))
 
 
 def grants_of(answer: Answer, costs: Sequence[Amounts]) -> list[Grant]:

@@ -154,16 +154,16 @@ local function reckon()
   end
 end
 
-local function refill()
-  local elapsed = now - at
+local function refill(moment)
+  local elapsed = moment - at
   if elapsed <= 0 then
     if elapsed < -JUMP then
-      held = now + math.min(held - at, HOLD_MOST)
-      at = now
+      held = moment + math.min(held - at, HOLD_MOST)
+      at = moment
     end
     return
   end
-  at = now
+  at = moment
   for d = 1, 4 do
     local rate = rates[d]
     if rate and levels[d] < rate * BURST then levels[d] = math.min(levels[d] + rate * elapsed, rate * BURST) end
@@ -178,7 +178,7 @@ for _ = 1, number() do
     heeded = lesson
     for d = 1, 4 do learned[d] = limits[d] or learned[d] end
     reckon()
-    refill()
+    refill(now)
     if hold > 0 then held = math.max(held, now + math.min(hold, HOLD_MOST)) end
     local elapsed = math.max(0, now - started)
     for d = 1, 4 do
@@ -193,7 +193,7 @@ end
 
 for _ = 1, number() do
   local back = four()
-  refill()
+  refill(now)
   for d = 1, 4 do
     local rate, level = rates[d], levels[d]
     if rate then
@@ -208,18 +208,20 @@ for _ = 1, number() do
 end
 
 local function waiting()
-  local seconds = math.max(0, held - now)
+  local seconds = 0
   for d = 1, 4 do
     if rates[d] then seconds = math.max(seconds, -levels[d] / rates[d]) end
   end
+  seconds = math.max(seconds + (at - now), held - now)
   return seconds > GRAIN and seconds or 0
 end
 
 local delays = {}
-refill()
+refill(now)
 for _ = 1, number() do
   local cost, delay = four(), waiting()
   if delay > ahead or held > now then break end
+  refill(now + delay)
   for d = 1, 4 do
     if rates[d] then levels[d] = levels[d] - cost[d] end
     spent[d] = spent[d] + cost[d]
@@ -234,7 +236,7 @@ for _, amounts in ipairs({levels, spent, learned}) do
   for d = 1, 4 do state[#state + 1] = text(amounts[d]) end
 end
 redis.call('SET', KEYS[1], table.concat(state, ' '), 'EX', LIFETIME)
-local answer = {text(waiting()), text(at), text(count)}
+local answer = {text(waiting()), text(now), text(count)}
 for place = 5, 16 do answer[#answer + 1] = state[place] end
 for _, delay in ipairs(delays) do answer[#answer + 1] = text(delay) end
 return answer

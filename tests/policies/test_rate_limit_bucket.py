@@ -145,7 +145,7 @@ def test_what_others_use_slows_us_down() -> None:
     """When the server says that nothing remains, the next call waits until there is something."""
     bucket = Bucket(0.0, limits(600))
     grant = taken(bucket, 0.0)
-    assert bucket.wait(1.0) == 0
+    assert Bucket.restored(bucket.state(), limits(600)).wait(1.0) == 0
     bucket.heed(0.0, Lesson(grant, limits(600), limits(0)))
     assert bucket.wait(0.0) == pytest.approx(0.1)
 
@@ -243,6 +243,38 @@ def test_those_who_may_go_soon_are_told_when() -> None:
     assert [grant.number for grant in grants] == [1, 2, 3, 4]
     assert [grant.at for grant in grants] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert [grant.spent[0] for grant in grants] == [1, 2, 3, 4]
+
+
+def test_what_flows_until_a_promised_moment_is_not_there_twice() -> None:
+    """Tokens hold calls back that requests would let go: those told to go later do not leave a full burst behind."""
+    given = limits(6000, 6000)  # a hundred of each a second
+    bucket = Bucket(0.0, given)
+    went: list[float] = []
+    for step in range(100):
+        cost = tokens(3.0 if step < 50 else 0.9)
+        answer = serve(bucket, step * 0.02, Asked(given, [cost] * 20, ahead=0.1))
+        went += [step * 0.02 + delay for delay in answer.delays]
+    for start in went:
+        assert sum(start <= at < start + 0.5 for at in went) <= 100 * (0.5 + BURST + GRAIN) + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 0.3), st.lists(st.integers(1, 400), max_size=12)), min_size=1, max_size=60))
+def test_those_who_are_told_when_to_go_keep_the_limit(rounds: list[tuple[float, list[int]]]) -> None:
+    """Calls that are granted before their time keep both limits in any second, as if each had asked at its time."""
+    given = limits(600, 60_000)
+    bucket = Bucket(0.0, given)
+    now, went = 0.0, []
+    for pause, amounts in rounds:
+        now += pause
+        asked = Asked(given, [tokens(float(amount)) for amount in amounts], ahead=0.1)
+        answer = serve(bucket, now, asked)
+        went += [(grant.at, grant.cost) for grant in grants_of(answer, asked.costs)]
+    assert went == sorted(went, key=lambda one: one[0]), "nobody overtakes"
+    for start, _ in went:
+        inside = [cost for at, cost in went if start <= at < start + 1]
+        assert len(inside) <= 10 * (1 + BURST + GRAIN) + 1 + 1e-6
+        assert sum(cost[1] for cost in inside) <= 1000 * (1 + BURST + GRAIN) + 400 + 1e-6
 
 
 # -- whatever is done -------------------------------------------------------------------------------------------------

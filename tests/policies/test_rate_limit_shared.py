@@ -322,7 +322,7 @@ some_limits = st.tuples(maybe, maybe, maybe, maybe)
             st.lists(amounts, max_size=4),
             st.lists(st.tuples(*[st.floats(-500, 500)] * 4), max_size=2),
             st.one_of(st.none(), st.tuples(some_limits, some_limits, st.floats(0, 100))),
-            st.sampled_from([0.0, 0.1, 5.0]),
+            st.sampled_from([0.0, 0.1, 0.9]),
         ),
         max_size=8,
     ),
@@ -435,7 +435,7 @@ print(took)
         process.stdout.readline()
     started = time.monotonic()
     took = [int(process.communicate("\n")[0]) for process in processes]
-    assert 0 < sum(took) <= 1000 * (time.monotonic() - started + 0.04) + 4
+    assert 0 < sum(took) <= 1000 * (time.monotonic() - started + 0.03) + 4
 
 
 # -- any other --------------------------------------------------------------------------------------------------------
