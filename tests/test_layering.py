@@ -142,6 +142,8 @@ PACKAGES: Mapping[str, set[str]] = {
 """What every module of a package may import beside its own package; batch, server and integrations come later."""
 
 PARTS: Mapping[str, set[str]] = {
+    "batch.bulk_calls": {"policies.retry", "recipe"},
+    "batch.bulk_seam": {"policies.retry"},
     "batch.cost": {"policies.prices"},
     "batch.watch": {"policies.prices"},
     "policies.slots": {"policies.line"},
@@ -296,6 +298,9 @@ FOREIGN: Mapping[str, set[str]] = {
     "local.vision_reader": {"PIL"},
     **{f"local.vllm_{part}": {"vllm"} for part in ("arguments", "runner", "sampling", "statistics")},
     **{f"integrations.ray{part}": {"ray"} for part in ("", "_crew", "_failures", "_travel", "_worker")},
+    **{f"integrations.inspect_ai{part}": {"inspect_ai"} for part in ("", "_messages", "_parameters", "_sample")},
+    "integrations.inspect_ai_answers": {"inspect_ai", "pydantic"},
+    "integrations.inspect_ai_provider": {"inspect_ai", "tenacity"},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
 }
 """Packages of others, imported at the top of the leaf that owns them."""
