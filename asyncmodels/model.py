@@ -157,14 +157,13 @@ class Model(Backend, Reproducible):
         travels as any other call: through ``map`` and a journal as ``Request(messages=(), score=Score(...))``.
         Raises UnsupportedError where the model cannot tell (``capabilities.scores``), and otherwise as ``generate``.
         """
-        if isinstance(prompt, str):
-            messages: Any = ()
-        elif isinstance(prompt, Sequence) and all(type(token) is int for token in prompt):
-            messages, prompt = (), tuple(prompt)
-        else:
-            messages, prompt = prompt, None
-        score = Score(continuation, prompt)  # type: ignore[arg-type]  # checked with the other parameters
-        return Scored.of(await self.generate(messages, **{**params, "score": score}))
+        messages: Any = ()
+        given: Any = prompt  # what it is made of is checked with the other parameters, as is the continuation
+        if not isinstance(prompt, str) and not _are_tokens(prompt):
+            messages, given = prompt, None
+        score = Score(continuation, given)  # type: ignore[arg-type]  # as said above
+        asked: Parameters = {**params, "score": score}
+        return Scored.of(await self.generate(messages, **asked))
 
     def map(
         self,
@@ -330,6 +329,10 @@ class Model(Backend, Reproducible):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _are_tokens(prompt: object) -> bool:
+    return isinstance(prompt, Sequence) and all(type(token) is int for token in prompt)
 
 
 def _defaults_inside(backend: Backend) -> Mapping[str, Any]:

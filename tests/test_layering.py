@@ -333,6 +333,7 @@ PURE = {
     "response_templates",
     "runner",
     "scheduler",
+    "score_prompt",
     "sequence",
     "signals",
     "tally",

@@ -52,7 +52,8 @@ class EngineBackend(Backend):
         logprobs=True,
         response_format=True,
         grammars=ALL_GRAMMARS,
-        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos"}),
+        extra=frozenset({"cache_salt", "chat_template_kwargs", "ignore_eos", "prompt_token_ids"}),
+        scores=True,
     )
 
     batch_schedule = "prefix"

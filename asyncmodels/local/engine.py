@@ -20,7 +20,7 @@ from asyncmodels.local.gate import Gate, Ticket
 from asyncmodels.local.host import EngineHost
 from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.notation import Keys
-from asyncmodels.local.prompt import Prepared, template_kwargs
+from asyncmodels.local.prompt import Prepared, prompt_tokens, template_kwargs
 from asyncmodels.local.runner import RunnerFactory, RunnerInfo
 from asyncmodels.local.sequence import Sampling, Sequence
 from asyncmodels.local.tally import EngineState, EngineStatistics, Tally
@@ -136,6 +136,7 @@ class Engine:
         arrived = self._clock.time()
         Sampling.of(request)
         template_kwargs(request)
+        prompt_tokens(request)
         self._cache_salt(request)
         stops = StopMatcher(request.stop_sequences)
         weight = self._weight(request.agent)
@@ -244,6 +245,8 @@ class Engine:
             await worker.ended.wait()
 
     def _sequence(self, request: Request, prepared: Prepared, ready: Ready, arrived: float) -> Sequence:
+        if prepared.scored:
+            return self._scored(request, prepared, ready, arrived)
         limit, prompt = ready.limit, prepared.prompt
         if len(prompt) + 1 > limit:
             raise ContextLengthError(
@@ -261,6 +264,30 @@ class Engine:
             constraint=prepared.constraint,
             images=prepared.images,
             ignore_eos=bool(request.extra.get("ignore_eos", False)),
+            cache_salt=self._cache_salt(request),
+            agent=request.agent,
+            weight=self._weight(request.agent),
+            priority=request.priority,
+            queued_at=arrived,
+            deadline=None if request.timeout is None else arrived + request.timeout,
+        )
+
+    def _scored(self, request: Request, prepared: Prepared, ready: Ready, arrived: float) -> Sequence:
+        """A sequence that reads all but the last token, because nobody asks what comes after that."""
+        prompt = (*prepared.prompt, *prepared.scored[:-1])
+        needed = len(prompt) + ready.info.scored_room
+        if needed > ready.limit:
+            raise ContextLengthError(
+                f"What is to be scored and its prompt take {needed} tokens, and must fit into {ready.limit}.",
+                requested=needed,
+                limit=ready.limit,
+            )
+        return Sequence(
+            id=f"local-{uuid.uuid4().hex}",
+            prompt=prompt,
+            max_tokens=0,
+            scored=prepared.scored,
+            sampling=Sampling.of(request),
             cache_salt=self._cache_salt(request),
             agent=request.agent,
             weight=self._weight(request.agent),

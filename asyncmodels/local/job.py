@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from asyncmodels.errors import ConfigurationError
 from asyncmodels.local.answer_parser import AnswerParser, Pieces
 from asyncmodels.local.gate import Ticket
-from asyncmodels.local.runner import Detokenizes, Sampled
+from asyncmodels.local.runner import Detokenizes, Sampled, Scores
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.stopping import StopMatcher
 from asyncmodels.types import Delta, FinishReason, TokenLogprob, ToolCallDelta
@@ -151,6 +151,13 @@ class Job:
             # The marks count as well: a token is of the reasoning when it begins in it or ends in it.
             self.reasoning_tokens = (self.reasoning_tokens or 0) + (reasoned or self.parser.reasoning)
         return reason if reason is None and not self.stops.matched else self.end(reason or "stop")
+
+    def score(self, output: Scores, token_text: Callable[[int], str]) -> None:
+        """Takes the log-probabilities of what was to be scored, which is all that there is to say."""
+        for token, (logprob, top) in zip(self.sequence.scored, output.places, strict=True):
+            best = tuple((token_text(other), value) for other, value in top)
+            self._logprobs.append((0, TokenLogprob(token_text(token), logprob, best)))
+        self._complete = True
 
     def end(self, reason: FinishReason) -> FinishReason:
         """Ends the text after the last token. Returns why it ends: at a stop sequence, if one is in it."""

@@ -58,13 +58,15 @@ class Prefixes:
         self._hits += count > 0
         self._reused += count
 
-    def remember(self, sequence: Sequence, tokens: tuple[int, ...], cache: BatchCache, row: int) -> None:
-        """Keeps what a row holds, whose last columns are the last of ``tokens``."""
+    def remember(
+        self, sequence: Sequence, tokens: tuple[int, ...], cache: BatchCache, row: int, first: int | None = None
+    ) -> None:
+        """Keeps what a row holds, whose last columns are the last of ``tokens``: all of it, or the ``first`` tokens."""
         length = len(tokens)
         try:
             self._tree.keep(
                 sequence.cache_salt,
-                tokens,
+                tokens[:first],
                 max(0, length - cache.reach),
                 lambda start, end: cache.segment(row, length - start, end - start),
             )

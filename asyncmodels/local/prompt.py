@@ -36,12 +36,13 @@ from asyncmodels.local.answer_parser import AnswerParser
 from asyncmodels.local.deep_threads import DeepThreads
 from asyncmodels.local.notation import Keys, notation_of
 from asyncmodels.local.runner import NativeCalls, ReadsImages
+from asyncmodels.local.score_prompt import checked_tokens, score_tokens
 from asyncmodels.local.template_messages import Messages, in_parts, is_pictured, template_messages
 from asyncmodels.local.tool_grammar import call_grammar
 from asyncmodels.local.tool_prompt import described, tool_shapes, written_out
-from asyncmodels.types import Grammar, ImagePart, JSONSchema, Message, Request, Tool, evolve
+from asyncmodels.types import Grammar, ImagePart, JSONSchema, Message, Request, Score, Tool, evolve
 
-__all__ = ["Prepared", "PromptEncoder", "template_fault", "template_kwargs"]
+__all__ = ["Prepared", "PromptEncoder", "prompt_tokens", "template_fault", "template_kwargs"]
 
 # What apply_chat_template is told by us, and what would have it return anything but a text.
 _RESERVED = frozenset(
@@ -76,6 +77,8 @@ class Prepared:
     """Whether the answer is a call and nothing else, in which no stop sequence is looked for."""
     images: Any = None
     """What the runtime made of the images; None where there are none."""
+    scored: tuple[int, ...] = ()
+    """What is to be scored behind the prompt; empty where something is to be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class _Written:
     parser: AnswerParser | None
     demanded: bool = False
     images: Any = None
+    scored: tuple[int, ...] = ()
 
 
 class PromptEncoder:
@@ -143,10 +147,28 @@ class PromptEncoder:
             if self._compile is None:
                 raise UnsupportedError("This model's runtime cannot hold an answer to a grammar.")
             constraint = await asyncio.wrap_future(self._deep.submit(partial(self._compile, written.grammar)))
-        return Prepared(written.prompt, constraint, written.parser, written.demanded, written.images)
+        return Prepared(
+            written.prompt, constraint, written.parser, written.demanded, written.images, scored=written.scored
+        )
 
     def _write(self, request: Request) -> _Written:
         tokenizer, reader = self._own_tokenizer()
+        tokenize = partial(_tokenize, tokenizer)
+        if request.score is not None and request.score.prompt is not None:
+            prompt, scored = score_tokens(tokenizer, tokenize, request.score)
+            return _Written(prompt, None, None, scored=scored)
+        ids = prompt_tokens(request)
+        if ids:
+            return _Written(checked_tokens(tokenizer, ids), _content_grammar(request), None)
+        written = self._write_messages(tokenizer, reader, request)
+        if request.score is None:
+            return written
+        if written.images is not None:
+            raise UnsupportedError("What continues a prompt with images cannot be scored here.")
+        _, scored = score_tokens(tokenizer, tokenize, Score(request.score.continuation, written.prompt))
+        return _Written(written.prompt, None, None, scored=scored)
+
+    def _write_messages(self, tokenizer: Any, reader: ReadsImages | None, request: Request) -> _Written:
         kwargs = {**self._template_kwargs, **template_kwargs(request)}
         tools = () if request.tool_choice == "none" else request.tools
         if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
@@ -205,6 +227,14 @@ def template_kwargs(request: Request) -> Mapping[str, Any]:
     if fault is not None:
         raise InvalidRequestError(f"chat_template_kwargs {fault}.")
     return kwargs or {}
+
+
+def prompt_tokens(request: Request) -> tuple[int, ...]:
+    """The token ids that ``request`` has in place of its messages. Raises InvalidRequestError for what are none."""
+    ids = request.extra.get("prompt_token_ids", ())
+    if not isinstance(ids, list | tuple) or not all(type(token) is int and token >= 0 for token in ids):
+        raise InvalidRequestError("prompt_token_ids must be a list of token ids, whole numbers from 0 on.")
+    return tuple(ids)
 
 
 def template_fault(kwargs: object) -> str | None:

@@ -28,6 +28,7 @@ __all__ = [
     "RunnerInfo",
     "RunnerLostError",
     "Sampled",
+    "Scores",
 ]
 
 
@@ -108,6 +109,8 @@ class RunnerInfo:
     """Turns a grammar into what ``Sequence.constraint`` holds: called on a thread of the front, before the request is
     queued, for each request anew. Raises InvalidRequestError for a grammar that is wrong or too large. None where the
     runtime cannot constrain what it generates."""
+    scored_room: int = 0
+    """How many tokens more than its prompt a sequence takes that is scored."""
     native_calls: NativeCalls | None = field(default=None, repr=False)
     """How the runtime itself reads the model's tool calls, where the tokenizer does not declare it."""
     images: ReadsImages | None = field(default=None, repr=False)
@@ -147,7 +150,19 @@ class Ended:
     reason: FinishReason
 
 
-Output: TypeAlias = Sampled | Failed | Ended
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What came of a sequence that is scored, which ends with it.
+
+    For each of its ``scored`` tokens there are the natural logarithm of its probability and, as many as were asked for,
+    the most likely tokens at its place with theirs, the best first.
+    """
+
+    sequence: Sequence
+    places: tuple[tuple[float, tuple[tuple[int, float], ...]], ...]
+
+
+Output: TypeAlias = Sampled | Failed | Ended | Scores
 
 
 class RunnerLostError(Exception):

@@ -320,6 +320,11 @@ class Scheduler:
         sequence.last_token_at = now
         self.counters.charge_output(sequence.agent, 1 / sequence.weight)
 
+    def scored(self, sequence: Sequence) -> None:
+        """Notes that a running sequence was scored, and gives back what a prefix cache had spared."""
+        if sequence.cached:
+            self.counters.pay_back(sequence.agent, (1 - _CACHED_SHARE) * sequence.cached / sequence.weight)
+
     def remove(self, sequence: Sequence) -> bool:
         """Takes ``sequence`` out, finished or cancelled, wherever it is. False when it is not here (any more)."""
         if sequence in self._running:

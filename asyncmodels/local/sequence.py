@@ -123,11 +123,15 @@ class Sequence:
     id: str
     prompt: tuple[int, ...] = field(repr=False)
     max_tokens: int
+    """0 where nothing is generated."""
     sampling: Sampling = field(default_factory=Sampling)
     constraint: Any = field(default=None, repr=False)
     """What the runner's ``compile_grammar`` made of the request's grammar; None where anything may be said."""
     images: Any = field(default=None, repr=False)
     """What the runner's own ``images`` made of the request's; the prompt has numbers below 0 where they are."""
+    scored: tuple[int, ...] = field(default=(), repr=False)
+    """The tokens whose log-probabilities are asked for: those that the prompt ends with, and one more behind it. Empty
+    where an answer is asked for."""
     ignore_eos: bool = False
     """Whether the answer goes on after a token that would end it."""
     cache_salt: str | None = None

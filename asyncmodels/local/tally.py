@@ -46,7 +46,7 @@ class EngineStatistics:
     tokens_per_second: float
     """Generated tokens over the last minute, or since the first one where that was later."""
     prompt_tokens: int
-    """Of all requests that have got as far as their first token."""
+    """Of all requests that have got as far as their first token, or were scored."""
     cached_tokens: int
     """Those of them that a prefix cache knew."""
     agents: Mapping[str | None, int]
@@ -138,14 +138,25 @@ class Tally:
         self.rate.add(1, now)
         served = 1
         if sequence.last_token_at is None:
-            cached = sequence.cached or 0
             self.first_token.add(now - sequence.queued_at)
-            self.prompt_tokens += len(sequence.prompt)
-            self.cached_tokens += cached
-            served += len(sequence.prompt) - cached
+            served += self._prompt(sequence)
         else:
             self.between_tokens.add(now - sequence.last_token_at)
-        self._agents[sequence.agent] = self._agents.get(sequence.agent, 0) + served
+        self._serve(sequence.agent, served)
+
+    def scored(self, sequence: Sequence) -> None:
+        """Notes that ``sequence`` was scored."""
+        self._serve(sequence.agent, self._prompt(sequence))
+
+    def _prompt(self, sequence: Sequence) -> int:
+        """Notes the prompt of ``sequence``. Returns how much of it was computed."""
+        cached = sequence.cached or 0
+        self.prompt_tokens += len(sequence.prompt)
+        self.cached_tokens += cached
+        return len(sequence.prompt) - cached
+
+    def _serve(self, agent: str | None, tokens: int) -> None:
+        self._agents[agent] = self._agents.get(agent, 0) + tokens
         if len(self._agents) > 2 * _AGENTS:
             self._agents = dict(self._most_served(_AGENTS))
 

@@ -27,6 +27,7 @@ from asyncmodels.local.prefix_cache import Found
 from asyncmodels.local.prefixes import Prefixes
 from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo
 from asyncmodels.local.sampling import Sampler
+from asyncmodels.local.scoring import Scorer
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
 from asyncmodels.local.vision import Vision
 from asyncmodels.local.weights import Weights, WeightsSpec, load_weights, shared_weights
@@ -100,6 +101,7 @@ class TransformersRunner(Runner):
         self._vision: Vision | None = None
         self._grammars: BatchGrammars | None = None
         self._prefixes: Prefixes | None = None
+        self._scorer: Scorer | None = None
         self._prefilled = 0
         self._pending: list[_Prefill] = []
         self._rows: list[Sequence] = []
@@ -131,6 +133,14 @@ class TransformersRunner(Runner):
         eos_token_ids = _eos_token_ids(model, tokenizer)
         compiler = GrammarCompiler(tokenizer, vocabulary, eos_token_ids)
         self._grammars = BatchGrammars(compiler.n_vocab)
+        self._scorer = Scorer(
+            model,
+            windows=self._windows,
+            accepts=self._accepts,
+            device=self._device,
+            vocabulary=vocabulary,
+            prefixes=self._prefixes,
+        )
         return RunnerInfo(
             tokenizer=tokenizer,
             detokenizer=make_detokenizer(tokenizer),
@@ -155,6 +165,8 @@ class TransformersRunner(Runner):
         self._lengths.clear()
         self._cache = None
         self._sampler.clear()
+        if self._scorer is not None:
+            self._scorer.clear()
         if self._prefixes is not None:
             self._prefixes.clear()
 
@@ -162,7 +174,7 @@ class TransformersRunner(Runner):
         self.reset()
         if self._grammars is not None:
             self._grammars.close()
-        self._weights = self._vision = None
+        self._weights = self._vision = self._scorer = None
 
     def _try_out(self) -> tuple[int, int]:
         """Sends one token through the model. Returns how many bytes of KV memory it took, and how wide logits are."""
@@ -187,13 +199,20 @@ class TransformersRunner(Runner):
     # -- the batch ----------------------------------------------------------------------------------------------------
 
     def insert(self, sequences: Iterable[Sequence], /) -> None:
-        self._pending.extend(_Prefill(sequence, sequence.text) for sequence in sequences)
+        assert self._scorer is not None  # noqa: S101  # load() makes it
+        for sequence in sequences:
+            if sequence.scored:
+                self._scorer.insert(sequence)
+            else:
+                self._pending.append(_Prefill(sequence, sequence.text))
 
     def remove(self, sequences: Iterable[Sequence], /) -> None:
         leaving = set(sequences)
         for sequence in leaving:
             self._sampler.forget(sequence)
         self._pending = [item for item in self._pending if item.sequence not in leaving]
+        if self._scorer is not None:
+            self._scorer.remove(leaving)
         self._remember_answers(leaving)
         staying = [row for row, sequence in enumerate(self._rows) if sequence not in leaving]
         if len(staying) == len(self._rows):
@@ -209,15 +228,21 @@ class TransformersRunner(Runner):
 
     def step(self) -> list[Output]:
         assert self._weights is not None  # noqa: S101  # load() comes first
+        assert self._scorer is not None  # noqa: S101  # as above
+        assert self._prefill_tokens is not None  # noqa: S101  # as above
         with torch.inference_mode(), self._weights.lock:
+            alone = not self._rows and not self._pending
             outputs: list[Output] = [*self._decode()] if self._rows else []
             if self._pending:
                 outputs += self._prefill()
+            if self._scorer.busy:
+                outputs += self._scorer.step(self._prefill_tokens * (_PATIENCE if alone else 1))
         return outputs
 
     def statistics(self) -> Mapping[str, float]:
         cached = self._prefixes.statistics() if self._prefixes is not None else {}
-        return {"prefilled_tokens": self._prefilled, **cached}
+        scored = 0 if self._scorer is None else self._scorer.computed
+        return {"prefilled_tokens": self._prefilled, "scored_tokens": scored, **cached}
 
     def _decode(self) -> list[Output]:
         assert self._cache is not None  # noqa: S101  # there are rows

@@ -31,7 +31,16 @@ from asyncmodels.local.job import Job
 from asyncmodels.local.notation import Keys
 from asyncmodels.local.out_of_memory import out_of_memory
 from asyncmodels.local.prompt import PromptEncoder
-from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerFactory, RunnerInfo, RunnerLostError
+from asyncmodels.local.runner import (
+    Ended,
+    Failed,
+    Output,
+    Runner,
+    RunnerFactory,
+    RunnerInfo,
+    RunnerLostError,
+    Scores,
+)
 from asyncmodels.local.scheduler import Scheduler
 from asyncmodels.local.sequence import Sequence, State
 from asyncmodels.local.signals import OneShot, Outbox
@@ -345,6 +354,12 @@ class Worker:
             return True
         if isinstance(output, Ended):
             self._finish(job, job.end(output.reason), ready.scheduler, now)
+            return True
+        if isinstance(output, Scores):
+            job.score(output, lambda token: ready.info.tokenizer.decode([token]))
+            self.tally.scored(output.sequence)
+            ready.scheduler.scored(output.sequence)
+            self._finish(job, "stop", ready.scheduler, now)
             return True
         self.tally.token(output.sequence, now)
         ready.scheduler.token(output.sequence, output.token, now)

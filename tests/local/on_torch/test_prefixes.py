@@ -348,7 +348,7 @@ def test_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
     sequences = [ask(SYSTEM), ask(SYSTEM)]
     answer(runner, *sequences)
     assert [sequence.cached for sequence in sequences] == [None, None]
-    assert runner.statistics() == {"prefilled_tokens": 2 * len(SYSTEM)}
+    assert runner.statistics() == {"prefilled_tokens": 2 * len(SYSTEM), "scored_tokens": 0}
 
 
 def test_memory_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
