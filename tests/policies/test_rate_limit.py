@@ -139,7 +139,7 @@ async def test_both_dimensions_at_once() -> None:
         )
         for text in ("small", "small", "large", "small"):
             await policy.generate(ask(text))
-    assert times.came == pytest.approx([0, 0.1, 0.2, 0.76])  # four hundredths of a second were saved up
+    assert times.came == pytest.approx([0, 0.1, 0.2, 0.77])  # three hundredths of a second were saved up
 
 
 @both_ways
@@ -419,9 +419,9 @@ async def test_usage_replaces_the_estimate(streaming: bool) -> None:
     await clock.advance(1)
     await call(policy, ask(), streaming)
     assert owed(policy) == pytest.approx(0)  # a burst of 4,000 was there
-    assert policy._gate.levels()[1] == pytest.approx(4000 - 300)
+    assert policy._gate.levels()[1] == pytest.approx(3000 - 300)
     await call(policy, ask(), streaming)
-    assert policy._gate.levels()[1] == pytest.approx(4000 - 310)  # no usage: the estimate stands
+    assert policy._gate.levels()[1] == pytest.approx(3000 - 310)  # no usage: the estimate stands
 
 
 async def test_cached_input_counts_only_in_the_sum() -> None:
@@ -645,8 +645,8 @@ async def test_a_limit_for_a_day_sets_no_pace() -> None:
 @pytest.mark.parametrize(
     ("learn", "kind", "expected"),
     [
-        (True, RateLimitError, [0, 6.0, 6.06]),
-        (True, OverloadedError, [0, 6.0, 6.06]),
+        (True, RateLimitError, [0, 6.0, 6.07]),
+        (True, OverloadedError, [0, 6.0, 6.07]),
         (True, ServerError, [0, 0.1, 0.2]),
         (False, RateLimitError, [0, 0.1, 0.2]),
     ],
