@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from transformers import AutoImageProcessor, ProcessorMixin
@@ -48,7 +48,7 @@ def look_at(model_id: str, config: Any, tokenizer: Any, source: Mapping[str, Any
     # The template of the processor is the one that knows images, where the tokenizer has another.
     template = ProcessorMixin.get_processor_dict(model_id, **source)[0].get("chat_template")
     tokenizer.chat_template = template or getattr(tokenizer, "chat_template", None)
-    if importlib.util.find_spec("PIL") is None:
+    if find_spec("PIL") is None:
         return Sight(family, blind='Images need Pillow, which is not installed: pip install "asyncmodels[images]"')
 
     from asyncmodels.local.vision_reader import ImageReader

@@ -56,7 +56,7 @@ class Pictures:
         """Where the tokens from ``start`` to ``end`` are for the model, [3, tokens]."""
         assert self.positions is not None  # noqa: S101  # asked of families that count this way
         known = self.positions[:, start:end]
-        behind = torch.arange(max(start, self.positions.shape[1]), end) + self.offset
+        behind = torch.arange(start + known.shape[1], end) + self.offset
         return torch.cat([known, behind.expand(3, -1)], dim=1)
 
 
