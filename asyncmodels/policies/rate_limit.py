@@ -54,7 +54,7 @@ class RateLimit(Policy):
         RateLimit(backend, requests_per_minute=600, shared="~/.cache/limits.sqlite")
         RateLimit(backend)                                   # whatever the provider's headers say
 
-    A minute's worth trickles: after a pause four hundredths of a second's worth go at once, then one call after the
+    A minute's worth trickles: after a pause three hundredths of a second's worth go at once, then one call after the
     other, so that no second sees much more than a sixtieth of a limit. A call goes when nothing is owed, and what it
     takes beyond what is there is owed by those after it: one that is larger than a second's worth goes, too. One that
     is larger than a limit that was given is an InvalidRequestError before anything is sent; one that only seems so, by
@@ -91,6 +91,8 @@ class RateLimit(Policy):
 
     It may be used from any number of event loops and threads.
     """
+
+    passes_files = True
 
     def __init__(
         self,
