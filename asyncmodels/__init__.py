@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from asyncmodels.backend import Backend, Capabilities, Policy, compose
     from asyncmodels.batch.executor import Executor
+    from asyncmodels.batch.bulk_mode import BatchMode
     from asyncmodels.batch.export import export_journal
     from asyncmodels.batch.file_journal import JSONLJournal, SQLiteJournal
     from asyncmodels.batch.item import Item
@@ -143,6 +144,7 @@ __all__ = [
     "AzureOpenAIServerModel",
     "Backend",
     "BatchError",
+    "BatchMode",
     "BedrockModel",
     "Breaker",
     "Budget",
@@ -278,6 +280,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "AmazonBedrockServerModel": ("asyncmodels.remote.bedrock", "bedrock"),
     "AzureOpenAIModel": ("asyncmodels.remote.azure", "openai"),
     "AzureOpenAIServerModel": ("asyncmodels.remote.azure", "openai"),
+    "BatchMode": ("asyncmodels.batch.bulk_mode", None),
     "BedrockModel": ("asyncmodels.remote.bedrock", "bedrock"),
     "Breaker": ("asyncmodels.policies.breaker", None),
     "Budget": ("asyncmodels.policies.budget", None),

@@ -22,6 +22,8 @@ class Attempt(Policy, NotesAttempts):
     stream ``attempt_timeout`` runs until the first delta: a long answer that keeps coming does not hang.
     """
 
+    passes_files = True
+
     async def generate(self, request: Request, /) -> Response:
         record = RECORD.get()
         if record is not None:

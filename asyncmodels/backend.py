@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from asyncmodels.errors import ConfigurationError, UnsupportedError
 from asyncmodels.recipe import Reproducible
@@ -158,6 +158,9 @@ class Policy(Backend, Reproducible):
 
     The settings are remembered as they were given, so that ``explain`` can show them.
     """
+
+    passes_files: ClassVar[bool] = False
+    """Whether a run in mode "batch" may go past this link, which then sees none of its requests and answers."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend

@@ -126,4 +126,3 @@ class HasBulk(Protocol):
     """A backend that can answer files of requests, or None where this one cannot."""
 
     def bulk(self) -> Bulk | None: ...
-

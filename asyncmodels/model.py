@@ -23,6 +23,7 @@ from asyncmodels.stream import Stream
 from asyncmodels.types import Message, Request, Response, Score, evolve
 
 if TYPE_CHECKING:
+    from asyncmodels.batch.bulk_mode import RunMode
     from asyncmodels.batch.executor import Executor
     from asyncmodels.batch.inputs import Inputs
     from asyncmodels.batch.journal import Journal
@@ -180,6 +181,7 @@ class Model(Backend, Reproducible):
         journal: Journal | str | os.PathLike[str] | None = None,
         progress: bool | Callable[[View], object] | None = None,
         executor: Executor | None = None,
+        mode: RunMode = "calls",
         **params: Unpack[Parameters],
     ) -> Run:
         """Asks all of ``inputs``, however many, and gives what comes of each as an item with a response or an error::
@@ -206,12 +208,21 @@ class Model(Backend, Reproducible):
 
         With an ``executor``, such as ``integrations.ray.RayExecutor``, other processes answer, on any number of
         machines, and as many calls are in flight as it says, or ``concurrency`` where that is less.
+
+        ``mode="batch"``, or a BatchMode with its settings, sends files of inputs through the provider's batch API,
+        where that has one: for less money, within a day. A file is sent when it is full or the input has ended. With a
+        journal the same call goes on, after a crash too, with the batches that were begun; without one they are
+        cancelled when the run is left. Caches and limits on calls have no part in it.
         """
+        from asyncmodels.batch.bulk_plan import plan_of
         from asyncmodels.batch.executor import checked_executor
         from asyncmodels.batch.file_journal import as_journal
         from asyncmodels.batch.run import Run, RunSettings
 
         executor = checked_executor(executor)
+        kept = as_journal(journal)
+        others = {"concurrency": concurrency, "executor": executor, "schedule": schedule}
+        bulk = plan_of(self, mode, journal=kept, params=params, others=others)
         if concurrency is None:
             concurrency = 1000 if executor is None else executor.concurrency
         settings = RunSettings(
@@ -228,9 +239,10 @@ class Model(Backend, Reproducible):
             inputs,
             settings,
             params=dict(params),
-            journal=as_journal(journal),
+            journal=kept,
             progress=progress,
             executor=executor,
+            bulk=bulk,
         )
 
     @property

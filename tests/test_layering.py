@@ -144,6 +144,8 @@ PACKAGES: Mapping[str, set[str]] = {
 PARTS: Mapping[str, set[str]] = {
     "batch.bulk_calls": {"policies.retry", "recipe"},
     "batch.bulk_seam": {"policies.retry"},
+    "batch.bulk_calls": {"policies.retry", "recipe"},
+    "batch.bulk_seam": {"policies.retry"},
     "batch.cost": {"policies.prices"},
     "batch.watch": {"policies.prices"},
     "policies.slots": {"policies.line"},

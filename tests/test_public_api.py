@@ -27,6 +27,7 @@ NAMES = [
     "AzureOpenAIServerModel",
     "Backend",
     "BatchError",
+    "BatchMode",
     "BedrockModel",
     "Breaker",
     "Budget",

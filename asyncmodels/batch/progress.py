@@ -140,6 +140,10 @@ def described(view: View) -> list[str]:
     if not view.ended:
         limit = "" if view.limit is None else f" (limit {view.limit:,})"
         said.append(f"{now.in_flight:,} in flight{limit}")
+    if now.batches:
+        said.append(f"batches: {', '.join(f'{count:,} {status}' for status, count in sorted(now.batches.items()))}")
+    if now.answered_there and not view.ended:
+        said.append(f"{now.answered_there:,} answered there")
     said.append(f"{_short(view.requests_per_minute)} req/min")
     if now.usage.total_tokens:
         said.append(f"{_short(view.tokens_per_minute)} tok/min")

@@ -16,6 +16,8 @@ from types import AsyncGeneratorType, TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from asyncmodels.backend import links
+from asyncmodels.batch.bulk import BulkCrew
+from asyncmodels.batch.bulk_plan import BulkPlan
 from asyncmodels.batch.crew import Crew
 from asyncmodels.batch.executor import Answering, Executor
 from asyncmodels.batch.inputs import Inputs, checked_inputs, entries
@@ -88,7 +90,8 @@ class Run(AsyncIterable[Item]):
             async for item in run:
                 print(item.id, item.response or item.error)
 
-    Nothing is asked before somebody reads. Leaving it, by ``break``, an error or Ctrl-C, cancels what is in flight.
+    Nothing is asked before somebody reads. Leaving it, by ``break``, an error or Ctrl-C, cancels what is in flight; of
+    a provider's batches, ``BatchMode`` says what becomes.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class Run(AsyncIterable[Item]):
         journal: Journal | None = None,
         progress: ProgressChoice = False,
         executor: Executor | None = None,
+        bulk: BulkPlan | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -108,13 +112,14 @@ class Run(AsyncIterable[Item]):
         self._params = params or {}
         self._journal = journal
         self._executor = executor
+        self._bulk = bulk
         self._answering: Answering | None = None
         self._show = chosen(progress)
         self._total = _total(inputs, settings.limit)
         self._tally = Tally()
         self._began: float | None = None
         self._ended: float | None = None
-        self._crew: Crew | None = None
+        self._crew: Crew | BulkCrew | None = None
         self._cancelled = False
         self._over = asyncio.Event()
         # Not the generator itself, which the workers would keep alive: it must end when its reader drops it.
@@ -225,8 +230,11 @@ class Run(AsyncIterable[Item]):
     def _elsewhere(self) -> AbstractAsyncContextManager[Answering | None]:
         return nullcontext() if self._executor is None else self._executor.serve(self.model)
 
-    def _hired(self) -> Crew:
+    def _hired(self) -> Crew | BulkCrew:
         settings, journal = self.settings, self._journal
+        record = None if journal is None else journal.record
+        if self._bulk is not None:
+            return self._bulk.hire(self._source(), ordered=settings.ordered, tally=self._tally, record=record)
         concurrency = settings.concurrency
         if self._executor is not None:
             concurrency = min(concurrency, self._executor.concurrency)
@@ -237,7 +245,7 @@ class Run(AsyncIterable[Item]):
             # What is asked in another order than it comes may all have to wait for the first.
             out=2 * concurrency + (WINDOW if settings.ordered else 0),
             ordered=settings.ordered,
-            record=None if journal is None else journal.record,
+            record=record,
         )
 
     def _watched(self) -> AbstractContextManager[object]:

@@ -38,6 +38,10 @@ class RunStatistics:
     """Seconds an item took, waiting included, within 4 %; None before the first."""
     errors: Mapping[str, int] = field(default_factory=dict)
     """How many items failed, by the name of the error's class."""
+    batches: Mapping[str, int] = field(default_factory=dict)
+    """In mode "batch": how many batches there are and were, by the provider's word for what they do, or did."""
+    answered_there: int = 0
+    """Of the items in flight in such a run, those that the provider has answered and not given out yet."""
 
     @property
     def done(self) -> int:
@@ -56,6 +60,8 @@ class Tally:
     def __init__(self) -> None:
         self.read = 0
         self.in_flight = 0
+        self.batches: Mapping[str, int] = {}
+        self.answered_there = 0
         self._succeeded = 0
         self._reused = 0
         self._cached = 0
@@ -98,6 +104,8 @@ class Tally:
             p50=self._times.quantile(0.5),
             p95=self._times.quantile(0.95),
             errors=dict(self._errors.most_common()),
+            batches=dict(self.batches),
+            answered_there=self.answered_there,
         )
 
     def _count(self, usage: Usage | None) -> None:

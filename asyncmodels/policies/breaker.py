@@ -72,6 +72,8 @@ class Breaker(Policy):
     it refuses waits for no slot; one for each endpoint.
     """
 
+    passes_files = True
+
     def __init__(
         self,
         backend: Backend,

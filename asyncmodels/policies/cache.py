@@ -100,6 +100,8 @@ class Cache(Policy):
     start, such as a file of another program, is a ConfigurationError, at the first call.
     """
 
+    passes_files = True
+
     def __init__(
         self,
         backend: Backend,

@@ -85,6 +85,8 @@ class Concurrency(Policy):
     The limit holds over all event loops and threads that use the policy together.
     """
 
+    passes_files = True
+
     def __init__(
         self,
         backend: Backend,

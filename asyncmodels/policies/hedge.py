@@ -72,6 +72,8 @@ class Hedge(Policy):
     so that each of them sees both.
     """
 
+    passes_files = True
+
     def __init__(
         self,
         backend: Backend,

@@ -94,6 +94,8 @@ class RateLimit(Policy):
 
     passes_files = True
 
+    passes_files = True
+
     def __init__(
         self,
         backend: Backend,

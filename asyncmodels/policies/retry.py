@@ -93,6 +93,8 @@ class Retry(Policy):
     all of it, and passed on as it is when the last one is of no use either.
     """
 
+    passes_files = True
+
     def __init__(
         self,
         backend: Backend,

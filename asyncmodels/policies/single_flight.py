@@ -57,6 +57,8 @@ class SingleFlight(Policy):
     Calls are joined within one event loop.
     """
 
+    passes_files = True
+
     def __init__(
         self, backend: Backend, *, sampled: bool = False, max_buffer: int = 16 * 2**20, clock: Clock = SYSTEM_CLOCK
     ) -> None:

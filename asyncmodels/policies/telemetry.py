@@ -77,6 +77,8 @@ class Telemetry(Policy):
     providers repeat what they were sent, are told to ``on_event`` alone.
     """
 
+    passes_files = True
+
     def __init__(
         self,
         backend: Backend,

@@ -147,7 +147,14 @@ class HTTPPool:
         try:
             timeout = httpx2.USE_CLIENT_DEFAULT if lease.timeout is None else lease.timeout
             request = lease.client.build_request("POST", url, headers=headers, content=content, timeout=timeout)
-            response = await lease.client.send(request, follow_redirects=False)
+            if lease.fast is None:
+                response = await lease.client.send(request, follow_redirects=False)
+            else:
+                response = await lease.fast.handle_async_request(request)
+                try:
+                    await response.aread()
+                finally:
+                    await response.aclose()
         except FOREIGN as error:
             raise self._translate(error, url) from cause_of(error)
         finally:
