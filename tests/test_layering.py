@@ -44,9 +44,10 @@ CORE: Mapping[str, set[str]] = {
     # the seam and the face
     "backend": {"errors", "recipe", "types"},
     "bulk": {"types"},
-    "answers": {"types"},
+    "fast_json": set(),
+    "answers": {"fast_json", "types"},
     "scored": {"errors", "types"},
-    "identity": {"backend", "types"},
+    "identity": {"backend", "fast_json", "types"},
     "fingerprint": {"identity"},
     "deadline": {"errors"},
     "origin": {"backend"},
@@ -88,7 +89,7 @@ CORE: Mapping[str, set[str]] = {
     "testing": {"backend", "clock", "errors", "stopping", "types"},
     # on top
     "": set(),
-    "cli": {"commands.ask", "commands.batch", "commands.models", "commands.terminal"},
+    "cli": {"commands.ask", "commands.batch", "commands.bench", "commands.models", "commands.terminal"},
     "__main__": {"cli"},
 }
 """What each module of the core imports when it is imported; "" is the package itself."""
@@ -142,8 +143,6 @@ PACKAGES: Mapping[str, set[str]] = {
 """What every module of a package may import beside its own package; batch, server and integrations come later."""
 
 PARTS: Mapping[str, set[str]] = {
-    "batch.bulk_calls": {"policies.retry", "recipe"},
-    "batch.bulk_seam": {"policies.retry"},
     "batch.bulk_calls": {"policies.retry", "recipe"},
     "batch.bulk_seam": {"policies.retry"},
     "batch.cost": {"policies.prices"},
@@ -276,6 +275,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "batch.progress_rich": {"rich"},
     "callable": {"anyio"},
     "commands.batch_parquet": {"pyarrow"},
+    "fast_json": {"orjson"},
     "policies.limit_redis": {"redis"},
     "policies.redis_store": {"redis"},
     "policies.telemetry_spans": {"opentelemetry"},
@@ -300,9 +300,10 @@ FOREIGN: Mapping[str, set[str]] = {
     "local.vision_reader": {"PIL"},
     **{f"local.vllm_{part}": {"vllm"} for part in ("arguments", "runner", "sampling", "statistics")},
     **{f"integrations.ray{part}": {"ray"} for part in ("", "_crew", "_failures", "_travel", "_worker")},
-    **{f"integrations.inspect_ai{part}": {"inspect_ai"} for part in ("", "_messages", "_parameters", "_sample")},
+    **{f"integrations.inspect_ai{part}": {"inspect_ai"} for part in ("", "_messages", "_parameters")},
     "integrations.inspect_ai_answers": {"inspect_ai", "pydantic"},
     "integrations.inspect_ai_provider": {"inspect_ai", "tenacity"},
+    "integrations.inspect_ai_sample": {"inspect_ai", "rich"},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
 }
 """Packages of others, imported at the top of the leaf that owns them."""

@@ -58,9 +58,9 @@ def as_row(item: Item) -> dict[str, Any]:
             "error": type(error).__name__,
             "error_text": str(error),
             "error_status": getattr(error, "status", None),
-            "attempts": getattr(error, "attempts", None),
-            "seconds": round(item.seconds, 6),
         }
+        if item.request is not None:
+            row |= {"attempts": getattr(error, "attempts", None), "seconds": round(item.seconds, 6)}
     if response is not None:
         usage = response.usage
         row |= {
