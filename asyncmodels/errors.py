@@ -421,9 +421,7 @@ class BatchError(AsyncModelsError):
     and lost this one) or "unknown". ``batch`` is the provider's id of the batch, None where there is none.
     """
 
-    def __init__(
-        self, message: str = "", *, state: str | None = None, batch: str | None = None, **data: Any
-    ) -> None:
+    def __init__(self, message: str = "", *, state: str | None = None, batch: str | None = None, **data: Any) -> None:
         super().__init__(message, **data)
         self.state = state
         self.batch = batch
