@@ -22,6 +22,7 @@ class Feed:
 
     def __init__(self, rows: Rows, prompts: Prompts, *, strict: bool) -> None:
         self._rows = iter(rows) if isinstance(rows, TableRows) else rows.rest()
+        self._close = rows.close
         self._prompts = prompts
         self._strict = strict
         self._index = 0
@@ -30,6 +31,10 @@ class Feed:
 
     def stop(self) -> None:
         self.stopped = True
+
+    def close(self) -> None:
+        """Lets go of the input. Closing twice is allowed."""
+        self._close()
 
     def kept(self, index: int) -> dict[str, Any]:
         """The fields of row ``index`` that go into the output. They are told once."""
@@ -80,11 +85,15 @@ class PipeFeed(Feed):
 
     def __init__(self, rows: Rows, prompts: Prompts, *, strict: bool) -> None:
         super().__init__(rows, prompts, strict=strict)
-        self._piped = PipedRows(self._rows)
+        self._piped = PipedRows(self._rows, rows.close)
 
     def stop(self) -> None:
         super().stop()
         self._piped.stop()
+
+    def close(self) -> None:
+        if not self._piped.begun:  # else it is the thread's, which may be reading
+            super().close()
 
     async def __aiter__(self) -> AsyncIterator[Placed]:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow
 from pyarrow import parquet
@@ -20,14 +20,15 @@ _TOGETHER = 1024
 class ParquetRows(TableRows):
     unit = "row"
 
-    def __init__(self, name: str, path: Path) -> None:
+    def __init__(self, name: str, file: BinaryIO) -> None:
         super().__init__(name)
         try:
-            self._file = parquet.ParquetFile(path)
+            self._file = parquet.ParquetFile(file)
         except (pyarrow.ArrowException, OSError) as error:
             raise UsageError(f"{name} is no Parquet file, or a damaged one: {error}.") from error
         self.columns: Sequence[str] = self._file.schema_arrow.names
         self._used = list(self.columns)
+        self._source = file
 
     def use(self, columns: Sequence[str]) -> None:
         self._used = [column for column in self.columns if column in columns]
@@ -44,3 +45,7 @@ class ParquetRows(TableRows):
 
     def count(self) -> int:
         return int(self._file.metadata.num_rows)
+
+    def close(self) -> None:
+        self._file.close()
+        self._source.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Self
 
@@ -22,8 +22,10 @@ class PipedRows(AsyncIterator[Row]):
     It is a daemon: where nothing more comes through the pipe, nobody can wake it, and the program ends without it.
     """
 
-    def __init__(self, rows: Iterator[Row]) -> None:
+    def __init__(self, rows: Iterator[Row], close: Callable[[], None]) -> None:
+        """``close`` is called in the thread, at its end."""
         self._rows = rows
+        self._close = close
         self._room = threading.Semaphore(_AHEAD)
         self._stopped = False
         self._read: asyncio.Queue[Row | Exception | None] | None = None
@@ -46,6 +48,10 @@ class PipedRows(AsyncIterator[Row]):
         self._room.release()
         return row
 
+    @property
+    def begun(self) -> bool:
+        return self._read is not None
+
     def stop(self) -> None:
         """Ends it for whoever waits for a row."""
         self._stopped = True
@@ -64,3 +70,5 @@ class PipedRows(AsyncIterator[Row]):
                 loop.call_soon_threadsafe(read.put_nowait, None)
             except Exception as error:
                 loop.call_soon_threadsafe(read.put_nowait, error)
+            finally:
+                self._close()

@@ -14,6 +14,7 @@ import stat
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeAlias
@@ -76,6 +77,9 @@ class Rows(ABC):
         """How many there are; None where that would take long, or cannot be known before the end."""
         return None
 
+    def close(self) -> None:  # noqa: B027  # not every input is open
+        """Closing twice is allowed."""
+
     def place(self, row: Row) -> str:
         return f"{self.name}, {self.unit} {row.number}"
 
@@ -95,24 +99,31 @@ def open_rows(path: str, format: Format | None, delimiter: str | None = None) ->
     The format is that of the suffix, or else of how the input begins: with a brace JSON lines, else plain lines.
     """
     name, file = _opened(path)
-    piped = not _is_regular(file)
+    try:
+        return _rows(path, name, file, format, delimiter), not _is_regular(file)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _rows(path: str, name: str, file: BinaryIO, format: Format | None, delimiter: str | None) -> Rows:
     suffix = Path(path).suffix.lower()
     found = format or _SUFFIXES.get(suffix)
     if found == "parquet":
-        return _parquet(path, name, file), False
-    lines = _Lines(file, None if piped or path == "-" else Path(path).expanduser())
+        return _parquet(name, file)
+    lines = _Lines(file)
     begin = lines.begin()
     if found is None and begin.startswith(b"PAR1"):
-        return _parquet(path, name, file), False
+        return _parquet(name, file)
     if begin.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UsageError(f"{name} is UTF-16; save it as UTF-8.")
     if found == "csv":
-        return _CSV(name, lines, delimiter or ("\t" if suffix == ".tsv" else ",")), piped
+        return _CSV(name, lines, delimiter or ("\t" if suffix == ".tsv" else ","))
     if found == "jsonl" or (found is None and begin.lstrip().startswith(b"{")):
-        if begin.strip() == b"[" or (begin.lstrip().startswith(b"[{") and suffix == ".json"):
+        if begin.strip() == b"[" or begin.lstrip().startswith(b"[{"):
             raise UsageError(f"{name} is one JSON array; JSON lines are needed, an object on each line.")
-        return _JSONLines(name, lines), piped
-    return _PlainLines(name, lines), piped
+        return _JSONLines(name, lines)
+    return _PlainLines(name, lines)
 
 
 def _opened(path: str) -> tuple[str, BinaryIO]:
@@ -137,16 +148,15 @@ def _is_regular(file: BinaryIO) -> bool:
         return True
 
 
-def _parquet(path: str, name: str, file: BinaryIO) -> TableRows:
-    place = Path(path).expanduser()
-    file.close()
-    if path == "-" or not place.is_file():
+def _parquet(name: str, file: BinaryIO) -> TableRows:
+    if not _is_regular(file):
         raise UsageError("Parquet is read from a file, not from a pipe.")
     try:
         from asyncmodels.commands.batch_parquet import ParquetRows
     except ImportError as error:
         raise MissingExtraError('pyarrow is missing: pip install "asyncmodels[parquet]".') from error
-    return ParquetRows(name, place)
+    file.seek(0)
+    return ParquetRows(name, file)
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------
@@ -161,9 +171,8 @@ class _Line(NamedTuple):
 class _Lines:
     """The lines of a file that are not empty, without their ends."""
 
-    def __init__(self, file: BinaryIO, path: Path | None) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._path = path
         self._head: list[bytes] = []
 
     def begin(self) -> bytes:
@@ -192,13 +201,15 @@ class _Lines:
             elif stripped := data.strip():
                 yield _Line(number, stripped)
 
-    def is_small(self) -> bool:
-        return self._path is not None and self._path.stat().st_size <= _COUNTED
-
-    def again(self) -> _Lines:
-        """The same file from its beginning."""
-        assert self._path is not None  # noqa: S101  # it is small
-        return _Lines(open(self._path, "rb"), self._path)  # closed by close
+    @contextmanager
+    def again(self) -> Iterator[_Lines | None]:
+        """The same file from its beginning; None where it is long, or can be read only once."""
+        name = getattr(self._file, "name", None)
+        if not isinstance(name, str) or not _is_regular(self._file) or os.path.getsize(name) > _COUNTED:
+            yield None
+            return
+        with open(name, "rb") as file:
+            yield _Lines(file)
 
     def close(self) -> None:
         self._file.close()
@@ -222,13 +233,11 @@ class _LineRows(Rows):
             yield Row(line.number, value, trouble)
 
     def count(self) -> int | None:
-        if not self._lines.is_small():
-            return None
-        lines = self._lines.again()
-        try:
-            return sum(1 for _ in lines)
-        finally:
-            lines.close()
+        with self._lines.again() as lines:
+            return None if lines is None else sum(1 for _ in lines)
+
+    def close(self) -> None:
+        self._lines.close()
 
     @abstractmethod
     def _value(self, text: str) -> Any:
@@ -296,13 +305,11 @@ class _CSV(TableRows):
                 yield Row(number, dict(zip(self.columns, record, strict=True)))
 
     def count(self) -> int | None:
-        if not self._lines.is_small():
-            return None
-        lines = self._lines.again()
-        try:
-            return max(0, sum(1 for _ in self._records(lines)[0]) - 1)
-        finally:
-            lines.close()
+        with self._lines.again() as lines:
+            return None if lines is None else max(0, sum(1 for _ in self._records(lines)[0]) - 1)
+
+    def close(self) -> None:
+        self._lines.close()
 
     def _records(self, lines: _Lines) -> tuple[Iterator[list[str] | str], list[int]]:
         """The records, as texts what is wrong with those that are none; and the line where the latest began."""
