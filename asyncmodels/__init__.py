@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from asyncmodels.batch.item import Item
     from asyncmodels.batch.journal import Journal
     from asyncmodels.batch.reading import read_journal
+    from asyncmodels.batch.report import Report, write_report
     from asyncmodels.batch.run import Run
     from asyncmodels.batch.salvage import salvage_journal
     from asyncmodels.batch.tally import RunStatistics
@@ -221,6 +222,7 @@ __all__ = [
     "RedisStore",
     "Regex",
     "RepeatedFailureError",
+    "Report",
     "Request",
     "Response",
     "ResponseFormat",
@@ -270,6 +272,7 @@ __all__ = [
     "read_journal",
     "salvage_journal",
     "schemes",
+    "write_report",
 ]
 
 __version__ = "0.1.0"
@@ -313,6 +316,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "RateLimit": ("asyncmodels.policies.rate_limit", None),
     "Reask": ("asyncmodels.policies.reask", None),
     "RedisStore": ("asyncmodels.policies.redis_store", "redis"),
+    "Report": ("asyncmodels.batch.report", None),
     "Retry": ("asyncmodels.policies.retry", None),
     "RetryBudget": ("asyncmodels.policies.retry", None),
     "Route": ("asyncmodels.policies.route", None),
@@ -336,6 +340,7 @@ _CLASSES: dict[str, tuple[str, str | None]] = {
     "export_journal": ("asyncmodels.batch.export", None),
     "read_journal": ("asyncmodels.batch.reading", None),
     "salvage_journal": ("asyncmodels.batch.salvage", None),
+    "write_report": ("asyncmodels.batch.report", None),
 }
 _MODULES = ("types", "errors", "backend", "registry")
 

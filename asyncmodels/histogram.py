@@ -22,6 +22,15 @@ class Histogram:
         bucket = int(math.log(max(seconds, 1e-6) / 1e-6) / self._GROWTH)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
 
+    def counts(self) -> dict[int, int]:
+        """How many durations lie in each bucket, by its number: it reaches from ``edge(number)`` to the next."""
+        return self._buckets.copy()
+
+    @classmethod
+    def edge(cls, number: int) -> float:
+        """In seconds."""
+        return 1e-6 * math.exp(number * cls._GROWTH)
+
     def quantile(self, share: float) -> float | None:
         """The middle of the bucket below which ``share`` of all durations lie; None when there are none."""
         buckets = self._buckets.copy()  # the other thread may add one meanwhile

@@ -89,7 +89,7 @@ CORE: Mapping[str, set[str]] = {
     "testing": {"backend", "clock", "errors", "stopping", "types"},
     # on top
     "": set(),
-    "cli": {"commands.ask", "commands.batch", "commands.bench", "commands.models", "commands.terminal"},
+    "cli": {f"commands.{name}" for name in ("ask", "batch", "bench", "models", "report", "terminal")},
     "__main__": {"cli"},
 }
 """What each module of the core imports when it is imported; "" is the package itself."""
@@ -146,6 +146,7 @@ PARTS: Mapping[str, set[str]] = {
     "batch.bulk_calls": {"policies.retry", "recipe"},
     "batch.bulk_seam": {"policies.retry"},
     "batch.cost": {"policies.prices"},
+    **{f"batch.report{part}": {"policies.prices"} for part in ("", "_cost", "_summary")},
     "batch.watch": {"policies.prices"},
     "policies.slots": {"policies.line"},
     "policies.adaptive": {"policies.latency"},
@@ -254,6 +255,7 @@ CHAIN = "remote.chain"
 
 LAZY: Mapping[str, set[str]] = {
     "": {"registry"},
+    "batch.report_page": {""},
     "local.host": {"registry"},
     "model": {"batch", "explanation", "sync"},
     "registry": {"model"},

@@ -104,6 +104,7 @@ NAMES = [
     "RedisStore",
     "Regex",
     "RepeatedFailureError",
+    "Report",
     "Request",
     "Response",
     "ResponseFormat",
@@ -153,6 +154,7 @@ NAMES = [
     "read_journal",
     "salvage_journal",
     "schemes",
+    "write_report",
 ]
 
 CLASSES = [name for name in NAMES if isinstance(getattr(asyncmodels, name), type)]

@@ -1,0 +1,53 @@
+"""``asyncmodels report``: a journal as a page for people."""
+
+from __future__ import annotations
+
+import argparse
+
+from asyncmodels.commands.terminal import EXIT_CODES, Commands
+
+__all__ = ["add_to"]
+
+_EXAMPLES = """\
+examples:
+  asyncmodels report run.sqlite                       # writes run.html
+  asyncmodels report run.jsonl -o today.html --overwrite
+  asyncmodels report run.sqlite --price 0.15 0.60     # dollars for a million tokens of input, and of output
+
+"""
+
+
+def add_to(commands: Commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write a page about a run: figures, errors, prompts and answers",
+        description="Writes one HTML page about the run of a journal, also while it goes on. It needs no network.",
+        epilog=_EXAMPLES + EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report.set_defaults(run=_report)
+    report.add_argument("journal", help="the journal of the run, .sqlite or .jsonl")
+    report.add_argument("-o", "--output", metavar="PATH", help="the page (default: beside the journal, as .html)")
+    report.add_argument("--overwrite", action="store_true", help="replace a page that exists")
+    report.add_argument(
+        "--rows", metavar="N", type=int, default=100_000, help="items in the table at most (default: %(default)s)"
+    )
+    report.add_argument(
+        "--price",
+        metavar=("INPUT", "OUTPUT"),
+        type=float,
+        nargs=2,
+        help="dollars for a million tokens, where the run had no budget and the price list does not know the model",
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    from asyncmodels.batch.report import write_report
+    from asyncmodels.policies.prices import Price
+
+    price = None if options.price is None else Price(input=options.price[0], output=options.price[1])
+    report = write_report(options.journal, options.output, rows=options.rows, price=price, overwrite=options.overwrite)
+    shown = "" if report.rows == report.items else f", {report.rows:,} of them in its table"
+    size = report.path.stat().st_size / 2**20
+    print(f"{report.path}: {report.items:,} items, {report.failed:,} failed{shown} ({size:.1f} MB)")
+    return 0
