@@ -157,6 +157,14 @@ class TransformersModel(LocalModel):
     end-of-text token and those that a stop sequence cuts off included; ``logprobs`` has an entry for each but those
     whose text was all cut off.
 
+    Models of the families Idefics3, LLaVA (of one image size), Qwen2-VL, Qwen2.5-VL and SmolVLM are shown the images of
+    messages (``pip install "asyncmodels[images]"``): pictures of PIL, bytes, paths and URLs, which this machine
+    fetches. Requests with and without images share the batch; an image's tokens count like others, in limits, in
+    ``usage`` and in what agents are charged, and those of an image that was seen before, behind the same words, are
+    found again. What is wrong with an image fails its request before it is queued. All other models refuse images; one
+    of another family that can be loaded as a model of texts is used as one. Whether a model sees shows in its
+    ``capabilities``, for certain once it is loaded.
+
     ``grammar`` and ``response_format`` hold the answer to a grammar of llguidance, token by token; it ends when nothing
     can follow. A grammar that is wrong, cannot be had or is too large is refused before it is queued. ``logprobs`` are
     those of the model, before the grammar. ``tools`` go through the chat template where it knows them and the model's
