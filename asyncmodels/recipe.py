@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-__all__ = ["Reproducible", "constructor_arguments"]
+__all__ = ["Reproducible", "constructor_arguments", "made_with"]
 
 
 class Reproducible:
@@ -29,6 +29,11 @@ class _Arguments:
 
     args: tuple[Any, ...] = field(repr=False)
     kwargs: dict[str, Any] = field(repr=False)
+
+
+def made_with(made: Reproducible) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with which ``made`` was made, as they were given: ``type(made)(*args, **kwargs)`` makes another."""
+    return made._made_with.args, made._made_with.kwargs
 
 
 def constructor_arguments(made: Reproducible) -> dict[str, Any]:

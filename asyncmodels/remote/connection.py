@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import cast
 
 import httpx2
 
@@ -268,8 +269,8 @@ class Connection(AnswerReader, asyncio.BufferedProtocol):
             self.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101  # create_connection's contract, for the checker
-        self._transport = transport
+        # That of uvloop is one without being made from asyncio's class.
+        self._transport = cast(asyncio.Transport, transport)
         self._on_made(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
