@@ -14,11 +14,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from asyncmodels.batch.bulk_journal import BatchNote, Placed
 from asyncmodels.batch.journal_file import JournalFile, cannot, no_journal
 from asyncmodels.batch.journal_lock import JournalLock
 from asyncmodels.batch.jsonl_file import JSONLFile, as_record, as_sample, is_jsonl, lines
 from asyncmodels.batch.record import Questions, Record, Sample
-from asyncmodels.batch.sqlite_file import RECORD_NAMES, SQLiteFile, connected, create, is_ours, sample_names
+from asyncmodels.batch.sqlite_file import (
+    RECORD_NAMES,
+    SQLiteFile,
+    connected,
+    create,
+    has_batches,
+    is_ours,
+    sample_names,
+)
 from asyncmodels.errors import JournalError
 
 __all__ = ["Salvaged", "salvage_journal"]
@@ -62,7 +71,11 @@ def salvage_journal(path: str | os.PathLike[str], to: str | os.PathLike[str]) ->
             samples = found.samples()
             while few := list(islice(samples, _TOGETHER)):
                 file.write([], few)
-    if not items:
+            batches = _grouped(found.placed())
+            for note in found.batches():
+                if placed := batches.get(note.key):
+                    file.note(note, placed)
+    if not items and not batches:
         target.unlink()
         raise JournalError(f"Nothing can be read of the journal {str(source)!r}.")
     return Salvaged(items=items, answered=answered)
@@ -81,6 +94,13 @@ def _locked(path: Path, *, required: bool = True) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _grouped(placed: Iterator[tuple[str, Placed]]) -> dict[str, list[Placed]]:
+    batches: dict[str, list[Placed]] = {}
+    for key, each in placed:
+        batches.setdefault(key, []).append(each)
+    return batches
 
 
 def _checked(record: Record, questions: Questions | None) -> Record | None:
@@ -121,6 +141,26 @@ class _Lines:
 
     def samples(self) -> Iterator[Sample]:
         return (sample for value in self._values() if (sample := as_sample(value)) is not None)
+
+    def batches(self) -> Iterator[BatchNote]:
+        notes = {}
+        for value in self._values():
+            if "batch" in value:
+                with suppress(TypeError, KeyError):
+                    note = BatchNote(**value["batch"])
+                    notes[note.key] = note
+        return iter(notes.values())
+
+    def placed(self) -> Iterator[tuple[str, Placed]]:
+        found: dict[str, tuple[str, Placed]] = {}
+        for value in self._values():
+            with suppress(TypeError, KeyError, ValueError):
+                if "batch" in value:
+                    key = value["batch"]["key"]
+                    found.update({id: (key, Placed(id, asked)) for id, asked in value.get("placed", ())})
+                elif (record := as_record(value)) is not None and not record.unread:
+                    found.pop(record.id, None)
+        return iter(found.values())
 
     def _values(self) -> Iterator[dict[str, Any]]:
         return (value for _, _, value in lines(self._path, lost=[]))
@@ -174,6 +214,21 @@ class _Pages:
     def samples(self) -> Iterator[Sample]:
         for row in self._rows("samples", sample_names(self._connection)):
             yield Sample(*row)
+
+    def batches(self) -> Iterator[BatchNote]:
+        for _, told in self._batch_rows("batches", "key, note"):
+            with suppress(TypeError, ValueError):
+                yield BatchNote(**json.loads(told))
+
+    def placed(self) -> Iterator[tuple[str, Placed]]:
+        return ((key, Placed(id, asked)) for id, key, asked in self._batch_rows("placed", "id, batch, asked"))
+
+    def _batch_rows(self, table: str, names: str) -> Iterator[tuple[Any, ...]]:
+        try:
+            there = has_batches(self._connection)
+        except sqlite3.Error:
+            there = False
+        return self._rows(table, names) if there else iter(())
 
     def _rows(self, table: str, names: str) -> Iterator[tuple[Any, ...]]:
         """From the first on until the damage; from the last back until the damage; and what lies between, each row by

@@ -20,7 +20,7 @@ from asyncmodels.batch.journal_file import JournalFile, cannot, damaged, no_jour
 from asyncmodels.batch.journal_lock import refuse_inherited
 from asyncmodels.batch.record import Record, Sample
 
-__all__ = ["RECORD_NAMES", "SQLiteFile", "SQLiteReader", "connected", "create", "is_ours"]
+__all__ = ["RECORD_NAMES", "SQLiteFile", "SQLiteReader", "connected", "create", "has_batches", "is_ours"]
 
 _OURS = 0x616D6A31  # "amj1"
 _VERSION = 2
@@ -48,7 +48,7 @@ _SAMPLE_NAMES_1 = "at, in_flight, most"
 # Made when a provider's batch is first noted.
 _BATCH_TABLES = (
     "CREATE TABLE IF NOT EXISTS batches (key TEXT PRIMARY KEY, note TEXT NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS placed (id TEXT PRIMARY KEY, batch TEXT NOT NULL, asked TEXT) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS placed (id TEXT PRIMARY KEY, batch TEXT NOT NULL, asked TEXT)",
 )
 RECORD_NAMES = ", ".join(Record._fields)
 _ROW = f"({', '.join('?' * len(Record._fields))})"

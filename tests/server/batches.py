@@ -32,7 +32,8 @@ _ENDS = ("completed", "failed", "expired", "cancelled")
 class Fault:
     """What happens to the next request whose path, below ``/v1``, begins so. With ``acts`` it is done all the same.
 
-    A ``status`` of 0 closes the connection without a word; with ``cut`` the body ends in the middle.
+    A ``status`` of 0 closes the connection without a word; with ``cut`` the body ends in the middle; with ``hold`` no
+    word is ever said. ``after`` lets so many such requests pass first.
     """
 
     method: str
@@ -42,6 +43,8 @@ class Fault:
     body: str = '{"error": {"message": "it went wrong", "type": "server_error"}}'
     acts: bool = False
     cut: bool = False
+    hold: bool = False
+    after: int = 0
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Provider:
         self.most_lines = 0
         self.at_once = 0
         """At most so many batches were at work at a time."""
+        self.held = 0
         self.happened = threading.Condition()
 
     def count(self, method: str, path: str) -> int:
@@ -110,6 +114,11 @@ class Provider:
             return made
         if fault.cut:
             return await self._cut(request, made)
+        if fault.hold:
+            with self.happened:
+                self.held += 1
+                self.happened.notify_all()
+            await asyncio.sleep(3600)
         if not fault.status:
             assert request.transport is not None
             request.transport.close()
@@ -121,6 +130,9 @@ class Provider:
     def _fault(self, method: str, path: str) -> Fault | None:
         for fault in self.faults:
             if fault.method == method and path.startswith(fault.path):
+                if fault.after:
+                    fault.after -= 1
+                    continue
                 self.faults.remove(fault)
                 return fault
         return None
@@ -335,7 +347,7 @@ def running_provider() -> Iterator[Provider]:
     loop = asyncio.new_event_loop()
     app = web.Application(client_max_size=2**30)
     app.router.add_route("*", "/{path:.*}", provider.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, handler_cancellation=True)
     started = threading.Event()
 
     async def start() -> None:
