@@ -13,8 +13,9 @@ from asyncmodels.errors import ConfigurationError, MissingExtraError
 try:
     from inspect_ai.model import GenerateConfig, Model, ModelAPI, modelapi
 except ModuleNotFoundError as error:
+    missing = (error.name or "inspect_ai").partition(".")[0]
     raise MissingExtraError(
-        f'inspect_ai\'s provider needs the package {error.name!r}: pip install "asyncmodels[inspect]"'
+        f'The provider for inspect_ai needs the package {missing!r}: pip install "asyncmodels[inspect]"'
     ) from error
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import random
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from inspect_ai.model import ChatMessage, GenerateConfig, ModelAPI, ModelCall, ModelOutput, RetryDecision
 from inspect_ai.tool import ToolChoice, ToolInfo
-from tenacity import RetryCallState, wait_exponential_jitter
+from tenacity import RetryCallState
 from tenacity.wait import wait_base
 
 from asyncmodels.backend import links
@@ -30,7 +31,7 @@ from asyncmodels.errors import (
 from asyncmodels.integrations.inspect_ai_answers import call_of, failed_call, output_of, refusal_of
 from asyncmodels.integrations.inspect_ai_messages import has_files, messages_from, tools_from
 from asyncmodels.integrations.inspect_ai_parameters import parameters_from, tool_choice_from, warn_of
-from asyncmodels.integrations.inspect_ai_sample import current_sample, keys_are_replaced, prerequisite, widen_gate
+from asyncmodels.integrations.inspect_ai_sample import SetupError, current_sample, keys_are_replaced, widen_gate
 from asyncmodels.model import Model
 from asyncmodels.policies.concurrency import ConcurrencyStatistics
 from asyncmodels.policies.retry import Retry
@@ -85,9 +86,9 @@ class AsyncModelsAPI(ModelAPI):
         self._variables = () if self._row is None else _key_variables(self._row)
         super().__init__(model_name, base_url, api_key, list(self._variables), config)
         if retries not in ("own", "inspect"):
-            raise _fault(ConfigurationError(f'retries must be "own" or "inspect", not {retries!r}.'))
+            raise SetupError(ConfigurationError(f'retries must be "own" or "inspect", not {retries!r}.'))
         if os.environ.get("INSPECT_ASYNC_BACKEND", "").lower() == "trio":
-            raise _fault(ConfigurationError("asyncmodels runs on asyncio: unset INSPECT_ASYNC_BACKEND=trio."))
+            raise SetupError(ConfigurationError("asyncmodels runs on asyncio: unset INSPECT_ASYNC_BACKEND=trio."))
         self._own_retries = retries == "own"
         self._max_retries = config.max_retries
         self._headers = None if instance is not None else config.extra_headers
@@ -98,7 +99,7 @@ class AsyncModelsAPI(ModelAPI):
             try:
                 self.model = self._made(model_args, config)
             except AsyncModelsError as error:
-                raise _fault(error) from error
+                raise SetupError(error) from error
         self._responses = _speaks_responses(self.model)
         self._room = _room(self.model)
         self._place = "|".join([model_name, str(base_url), _digest(self.initial_api_key)])
@@ -154,17 +155,15 @@ class AsyncModelsAPI(ModelAPI):
     ) -> ModelOutput | tuple[ModelOutput | Exception, ModelCall]:
         if self._own_retries and config.adaptive_connections is None:
             widen_gate(self._room)
+        name = self.service_model_name()
         request: Request | None = None
         try:
             request = await self._request(input, tools, tool_choice, config)
             responses = await self._answers(request, config.num_choices or 1)
         except (InvalidRequestError, NotFoundError, PermissionDeniedError) as error:
-            told = refusal_of(self.model_name, error)
-            return (error if told is None else told), failed_call(self.model_name, request, error)
-        return (
-            output_of(self.service_model_name(), request, responses),
-            call_of(self.service_model_name(), request, responses),
-        )
+            told = refusal_of(name, error)
+            return (error if told is None else told), failed_call(name, request, error)
+        return output_of(name, request, responses), call_of(name, request, responses)
 
     async def _request(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
@@ -233,17 +232,13 @@ class AsyncModelsAPI(ModelAPI):
 
 
 class _Pause(wait_base):
-    """inspect_ai's own pause before a retry, but never less than what the server asked for."""
-
-    def __init__(self) -> None:
-        self._usual = wait_exponential_jitter(initial=3, max=1800, jitter=3)
+    """inspect_ai's own pause before a retry (3 s, doubled up to half an hour), or what the server asked for."""
 
     def __call__(self, retry_state: RetryCallState) -> float:
         error = retry_state.outcome.exception() if retry_state.outcome is not None else None
+        usual = min(3.0 * 2.0 ** min(retry_state.attempt_number - 1, 10), 1800.0) + 3 * random.random()
         asked_for = error.retry_after if isinstance(error, AsyncModelsError) else None
-        if not asked_for:
-            return self._usual(retry_state)
-        return asked_for + min(asked_for, self._usual(retry_state))
+        return asked_for + random.random() * min(asked_for, usual) if asked_for else usual
 
 
 # -- names and arguments ----------------------------------------------------------------------------------------------
@@ -262,13 +257,8 @@ def _row_of(model_name: str) -> Scheme | None:
         try:
             load(f"{scheme}:{name}" if name else scheme)  # it knows what was probably meant
         except AsyncModelsError as error:
-            raise _fault(error) from error
+            raise SetupError(error) from error
     return found
-
-
-def _fault(error: AsyncModelsError) -> Exception:
-    """What is raised for ``error`` where the program or the command line must change."""
-    return prerequisite(f"{type(error).__name__}: {error.message}") or error
 
 
 def _key_variables(row: Scheme) -> tuple[str, ...]:

@@ -10,7 +10,11 @@ import logging
 from contextlib import suppress
 from typing import NamedTuple
 
-__all__ = ["Sample", "current_sample", "keys_are_replaced", "prerequisite", "widen_gate"]
+from rich.markup import escape
+
+from asyncmodels.errors import AsyncModelsError, ConfigurationError
+
+__all__ = ["Sample", "SetupError", "current_sample", "keys_are_replaced", "widen_gate"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +77,19 @@ def keys_are_replaced() -> bool:
     return False  # pragma: no cover  # another version
 
 
-def prerequisite(message: str) -> Exception | None:
-    """The error that inspect_ai's command line shows as one sentence instead of as a traceback."""
-    with suppress(ImportError):
-        from inspect_ai._util.error import PrerequisiteError
+try:
+    from inspect_ai._util.error import PrerequisiteError
+except ImportError:  # pragma: no cover  # another version
+    PrerequisiteError = Exception  # type: ignore[assignment, misc]  # what it is a kind of
 
-        return PrerequisiteError(message)
-    return None  # pragma: no cover  # another version
+
+class SetupError(PrerequisiteError, ConfigurationError):  # type: ignore[misc]  # its message may be more than text
+    """A ConfigurationError that inspect_ai's command line shows as its one sentence, instead of as a traceback."""
+
+    def __init__(self, error: AsyncModelsError) -> None:
+        ConfigurationError.__init__(self, error.message)
+        self.message = escape(f"ERROR: {error.message}")  # it is printed as markup
+        self._plain = error.message
+
+    def __str__(self) -> str:
+        return self._plain
