@@ -11,12 +11,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from asyncmodels.commands import ask, batch, bench, models, report
+from asyncmodels.commands import ask, batch, bench, journals, models, report
 from asyncmodels.commands.terminal import EXIT_CODES, UsageError, one_line
 
 __all__ = ["main"]
 
-_COMMANDS = (ask, batch, bench, models, report)
+_COMMANDS = (ask, batch, bench, models, report, journals)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -74,5 +74,5 @@ def too_new(path: Path) -> JournalError:
 def damaged(path: Path, why: str) -> JournalError:
     return JournalError(
         f"The journal {str(path)!r} is damaged ({why}): "
-        "salvage_journal(path, to) copies what can be read of it into a new one."
+        "salvage_journal, or `asyncmodels salvage`, copies what can be read of it into a new one."
     )

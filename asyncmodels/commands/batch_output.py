@@ -302,8 +302,6 @@ class _Parquet(Output):
 
 
 def _check_place(path: Path, existing: Existing) -> None:
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; -o needs the name of a file.")
     if path.exists():
         if existing == "refuse":
             raise UsageError(

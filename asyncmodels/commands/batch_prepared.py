@@ -40,6 +40,8 @@ class Prepared:
         self.feed: Feed | None = None
         try:
             self.place = None if options.output in (None, "-") else Path(options.output).expanduser()
+            if self.place is not None and self.place.is_dir():
+                raise UsageError(f"{self.place} is a folder; -o needs the name of a file.")
             self.journal = _journal(options, self.place)
             self._check_files()
             self.output, self.shape = _output(options, self.place, self.prompts.openai)
@@ -232,7 +234,9 @@ def _output(
 
 
 def _format_of(place: Path | None, openai: bool) -> str:
-    suffix = ".jsonl" if place is None else place.suffix.lower()
+    if place is None:
+        return "openai" if openai else "jsonl"
+    suffix = place.suffix.lower()
     if suffix in (".csv", ".tsv", ".parquet"):
         return "parquet" if suffix == ".parquet" else "csv"
     if suffix in (".jsonl", ".ndjson", ".json"):
