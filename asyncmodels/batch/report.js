@@ -2,7 +2,7 @@
 // The table of a report. Only what can be seen is in the document; the data stays packed until it is looked at. Texts
 // become text nodes and nothing else, whatever they say.
 (() => {
-  const HEIGHT = 34, BEYOND = 8, KEPT = 48, SLICE = 8;
+  const HEIGHT = 34, BEYOND = 5, KEPT = 48, SLICE = 8, AHEAD = 3;
   const byId = (id) => document.getElementById(id);
   const [grid, space, query, where, outcome, finish, details, tip] =
     ["grid", "rows", "query", "where", "outcome", "finish", "details", "tip"].map(byId);
@@ -14,7 +14,7 @@
   const unpacked = (script) => {
     const text = atob(script.textContent), bytes = new Uint8Array(text.length);
     for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
+    return new Response(new Response(bytes).body.pipeThrough(new DecompressionStream("gzip")));
   };
 
   let total = 0;
@@ -130,19 +130,22 @@
   const pause = () => new Promise((resolve) => { waiting.push(resolve); port2.postMessage(0); });
 
   const candidates = () => {
-    const keep = new Uint8Array(total);
-    const [error, ended] = [outcome.value, Number(finish.value)];
+    const keep = new Uint8Array(total), ended = Number(finish.value), kinds = columns.error, ends = columns.finish;
+    const chosen = outcome.value, one = Number(chosen), all = chosen === "", good = chosen === "ok", bad = chosen === "bad";
     for (let row = 0; row < total; row++) {
-      const kind = columns.error[row];
-      const wanted = error === "" || (error === "ok" ? kind === 0 : error === "bad" ? kind !== 0 : kind === Number(error));
-      keep[row] = wanted && (!ended || columns.finish[row] === ended) ? 1 : 0;
+      const kind = kinds[row];
+      const wanted = all || (good ? kind === 0 : bad ? kind !== 0 : kind === one);
+      keep[row] = wanted && (!ended || ends[row] === ended) ? 1 : 0;
     }
     return keep;
   };
 
   const show = (keep, searched) => {
     const chosen = active >= 0 && view ? view[active] : -1;
-    view = order.filter((row) => keep[row]);
+    let many = 0;
+    view = new Uint32Array(total);
+    for (const row of order) if (keep[row]) view[many++] = row;
+    view = view.subarray(0, many);
     active = chosen < 0 ? -1 : view.indexOf(chosen);
     const found = view.length === total ? `${numbers.format(total)} items` : `${numbers.format(view.length)} of ${numbers.format(total)} items`;
     byId("found").textContent = searched < 1 ? `${found}, searching… ${Math.floor(100 * searched)} %` : found;
@@ -150,7 +153,7 @@
     grid.setAttribute("aria-rowcount", view.length + 1);
     grid.setAttribute("aria-busy", searched < 1);
     space.style.height = `${view.length * HEIGHT}px`;
-    draw(true);
+    draw();
   };
 
   /** Looks through all pieces, a few milliseconds at a time; what is typed meanwhile ends it. */
@@ -159,11 +162,21 @@
     words = query.value.trim().toLowerCase();
     if (!words) return show(keep, 1);
     const looked = words, place = where.value, found = new Uint8Array(total);
+    const wanted = pieces.filter((piece) => keep.subarray(piece.start, piece.start + piece.count).includes(1));
+    const coming = new Map();
+    const ahead = (piece) => {
+      const from = wanted.indexOf(piece);
+      for (const next of wanted.slice(from, from + AHEAD)) {
+        if (!next.rows && !coming.has(next)) coming.set(next, unpacked(next.script).json());
+      }
+      const rows = coming.get(piece);
+      coming.delete(piece);
+      return rows;
+    };
     let since = performance.now(), shown = since;
     show(found, 0);
-    for (const piece of pieces) {
-      if (!keep.subarray(piece.start, piece.start + piece.count).includes(1)) continue;
-      const rows = piece.rows || (await unpacked(piece.script).json());
+    for (const piece of wanted) {
+      const rows = piece.rows || (await ahead(piece));
       for (let at = 0; at < piece.count; at++) {
         if (performance.now() - since > SLICE) {
           await pause();
@@ -184,13 +197,17 @@
   const sort = (by) => {
     ascending = by === sortedBy ? !ascending : by === "place" || by === "error";
     sortedBy = by;
-    const column = columns[by], sign = ascending ? 1 : -1;
-    const place = (value) => (Number.isNaN(value) ? Infinity : sign * value); // what is not known comes last
-    order = Uint32Array.from({ length: total }, (_, row) => row);
-    order.sort((one, other) => {
-      const [a, b] = [place(column[one]), place(column[other])];
-      return a < b ? -1 : a > b ? 1 : one - other;
-    });
+    // Floats of at least 0 are ordered as their bits are, and what is not known comes last. With the row below those
+    // bits they are whole numbers, which are sorted without asking us about each two of them.
+    const bits = new Uint32Array(columns[by].buffer), infinity = 0x7f800000, rows = 2 ** 20;
+    const packed = new Float64Array(total);
+    for (let row = 0; row < total; row++) {
+      const bit = bits[row];
+      packed[row] = (ascending || bit > infinity ? bit : infinity - bit) * rows + row;
+    }
+    packed.sort();
+    order = new Uint32Array(total);
+    for (let at = 0; at < total; at++) order[at] = packed[at] % rows;
     for (const button of grid.querySelectorAll("[data-sort]")) {
       const now = button.dataset.sort === by ? (ascending ? "ascending" : "descending") : "none";
       button.parentElement.setAttribute("aria-sort", now);
@@ -200,7 +217,6 @@
   // -- the rows that can be seen -----------------------------------------------------------------------------------
 
   const drawn = new Map(); // by their place in the view
-  const spare = [];
 
   const fresh = () => {
     const made = element("div", "row");
@@ -214,11 +230,14 @@
   };
 
   const fill = (line, at) => {
-    const row = view[at], data = rowNow(row), error = errorOf(row);
+    const row = view[at], data = rowNow(row), error = errorOf(row), now = `${at} ${row} ${at === active} ${words}`;
+    if (line.now === now && line.filled) return;
+    line.now = now;
     line.id = `row-${at}`;
     line.setAttribute("aria-rowindex", at + 2);
     line.setAttribute("aria-selected", at === active);
     line.classList.toggle("active", at === active);
+    line.style.order = at; // in print, where rows stand one after the other
     line.style.transform = `translateY(${at * HEIGHT}px)`;
     line.filled = data !== undefined;
     const cells = line.children, pill = element("span", error ? "pill bad" : "pill good", error || finishOf(row) || "answered");
@@ -226,7 +245,7 @@
     cells[0].textContent = count(columns.place[row]);
     cells[1].replaceChildren(...(data ? marked(data[0], words, 100) : ["…"]));
     cells[2].replaceChildren(pill);
-    const shorter = (text) => marked(text.replace(/\s+/g, " "), words, 220);
+    const shorter = (text) => marked(text.replace(/\s+/g, " "), words, 180);
     cells[3].replaceChildren(...(data ? shorter(prompted(data)) : ["…"]));
     cells[4].replaceChildren(...(data ? shorter(answerText(data[2]) || data[3] || "") : ["…"]));
     cells[4].classList.toggle("dim", Boolean(error));
@@ -244,28 +263,23 @@
     return other === undefined ? last : other;
   };
 
-  const draw = (anew) => {
+  const draw = () => {
     if (!view) return;
     const first = Math.max(0, Math.floor(grid.scrollTop / HEIGHT) - BEYOND);
     const last = Math.min(view.length, Math.ceil((grid.scrollTop + grid.clientHeight) / HEIGHT) + BEYOND);
-    for (const [at, line] of drawn) {
-      if (at >= first && at < last) continue;
-      drawn.delete(at);
-      line.remove();
-      spare.push(line);
-    }
+    const spare = [...drawn].filter(([at]) => at < first || at >= last);
+    for (const [at] of spare) drawn.delete(at);
     const missing = new Set();
     for (let at = first; at < last; at++) {
       let line = drawn.get(at);
-      if (line && !anew && line.filled) continue;
       if (!line) {
-        line = spare.pop() || fresh();
+        line = spare.length ? spare.pop()[1] : space.appendChild(fresh());
         drawn.set(at, line);
-        space.append(line);
       }
       if (rowNow(view[at]) === undefined) missing.add(pieceOf(view[at]));
       fill(line, at);
     }
+    for (const [, line] of spare) line.remove();
     if (missing.size) Promise.all([...missing].map(loaded)).then(later);
   };
 
@@ -273,7 +287,7 @@
   const later = () => {
     if (asked) return;
     asked = true;
-    requestAnimationFrame(() => { asked = false; draw(false); });
+    requestAnimationFrame(() => { asked = false; draw(); });
   };
 
   // -- one item ----------------------------------------------------------------------------------------------------
@@ -301,7 +315,7 @@
   const open = async (at) => {
     if (at < 0 || at >= view.length) return;
     active = at;
-    draw(true);
+    draw();
     const row = view[at], piece = pieceOf(row), data = (await loaded(piece))[row - piece.start];
     if (row !== view[active]) return;
     const [id, question, answer, error, more] = data, body = element("div", "body", told(row, more));
@@ -341,7 +355,7 @@
     const top = active * HEIGHT, head = 32;
     if (top < grid.scrollTop) grid.scrollTop = top;
     else if (top + HEIGHT + head > grid.scrollTop + grid.clientHeight) grid.scrollTop = top + HEIGHT + head - grid.clientHeight;
-    draw(true);
+    draw();
     grid.setAttribute("aria-activedescendant", `row-${active}`);
   };
 

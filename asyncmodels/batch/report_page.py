@@ -126,9 +126,10 @@ def _tiles(summary: Summary, columns: Sequence[Column]) -> str:
 
 def _said(summary: Summary, columns: Sequence[Column]) -> Iterable[_Tile]:
     seconds = sum(column.seconds for column in columns)
-    total = summary.run.get("total")
-    missing = total - summary.items if isinstance(total, int) else 0
-    yield _Tile("Items", whole(summary.items), f"{whole(missing)} of {whole(total)} are missing" if missing > 0 else "")
+    total, more = summary.run.get("total"), ""
+    if isinstance(total, int) and total > summary.items:
+        more = f"{whole(total - summary.items)} of {whole(total)} are missing"
+    yield _Tile("Items", whole(summary.items), more)
     yield _Tile(
         "Failed",
         share(summary.failed, summary.items),

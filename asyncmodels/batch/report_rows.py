@@ -74,7 +74,7 @@ class Rows:
         self._piece.append(row)
         self._size += len(row)
         for column, value in zip(self._columns, self._values(record), strict=True):
-            column.append(math.nan if value is None else value)
+            column.append(math.nan if value is None else max(0.0, value))
         if len(self._piece) >= _ROWS or self._size >= _BYTES:
             self._flush()
 
