@@ -50,7 +50,7 @@ class Executor(ABC):
         """
 
 
-def checked_executor(executor: Executor | None) -> Executor | None:
+def checked_executor(executor: object) -> Executor | None:
     """``executor``; raises ConfigurationError for what is none."""
     if executor is None or isinstance(executor, Executor):
         return executor

@@ -128,7 +128,7 @@ class RayExecutor(Executor):
     @asynccontextmanager
     async def _serve(self, model: Model) -> AsyncIterator[RayCrew]:
         if self._serving:
-            raise ConfigurationError("This RayExecutor serves a run already; give each run that goes on one of its own.")
+            raise ConfigurationError("This RayExecutor serves a run already; give each run one of its own.")
         if self._model is None and self._workers > 1:
             _check_shared(model, self._workers)
         self._serving = True

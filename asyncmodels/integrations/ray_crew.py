@@ -318,7 +318,7 @@ class RayCrew(Answering):
     def _give(self, member: _Member, jobs: Sequence[_Job]) -> None:
         while jobs:
             packed = packed_requests([job.request for job in jobs])
-            sent, jobs = jobs[: packed.count], jobs[packed.count :]
+            sent, jobs = jobs[: packed.size], jobs[packed.size :]
             if packed.error is not None:
                 jobs[0].answer.set_result(packed.error)
                 jobs = jobs[1:]

@@ -41,7 +41,7 @@ def no_place(options: Mapping[str, Any], seconds: float) -> ConfigurationError:
     wanted = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
     wanted = {name: amount for name, amount in wanted.items() if amount}
     try:
-        free = ray.available_resources()
+        free = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray left it without types
     except Exception:  # Ray itself is gone
         free = {}
     wants = ", ".join(f"{amount:g} {name}" for name, amount in wanted.items())

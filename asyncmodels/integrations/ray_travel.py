@@ -9,6 +9,7 @@ import pickle  # for what the processes of one run tell each other, and nobody e
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from io import BytesIO
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ray import cloudpickle
@@ -39,14 +40,14 @@ _CAUSES = 5
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-class _Recipes(cloudpickle.CloudPickler):  # type: ignore[misc]  # Ray is not typed
+class _Recipes(cloudpickle.CloudPickler):
     """Pickles models and policies as how they were made: they are made again, with pools and engines of their own."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Reproducible):
             args, kwargs = made_with(obj)
             return _again, (type(obj), args, kwargs)
-        return super().reducer_override(obj)
+        return super().reducer_override(obj)  # type: ignore[no-untyped-call]  # Ray left it without types
 
 
 def _again(cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -75,14 +76,15 @@ def made(packed: bytes) -> Model:
         model = model()
     if not isinstance(model, Model):
         raise ConfigurationError(
-            f"RayExecutor(model=...) takes a function that returns a Model, and this one returned {type(model).__name__}."
+            f"RayExecutor(model=...) takes a function that returns a Model; this one returned {type(model).__name__}."
         )
     return model
 
 
 def _pickled(value: object) -> bytes:
     file = BytesIO()
-    _Recipes(file, pickle.HIGHEST_PROTOCOL).dump(value)
+    pickler: Any = _Recipes(file, pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]  # the same
+    pickler.dump(value)
     return file.getvalue()
 
 
@@ -91,7 +93,7 @@ def _culprit(model: Model) -> str | None:
     for name, value in constructor_arguments(model).items():
         try:
             _pickled(value)
-        except Exception:  # noqa: PERF203  # the one that fails is looked for
+        except Exception:  # the one that fails is looked for
             return name
     return None
 
@@ -103,7 +105,8 @@ class Packed(NamedTuple):
     """The first requests of some, as many as go in one piece."""
 
     data: bytes
-    count: int
+    size: int
+    """How many they are."""
     error: Exception | None
     """Why the one after them cannot be sent; None where it is not known that it cannot."""
 
@@ -111,7 +114,7 @@ class Packed(NamedTuple):
 def packed_requests(requests: Sequence[Request]) -> Packed:
     """What several requests have in common, such as a schema, travels once."""
     file = BytesIO()
-    pickler = cloudpickle.CloudPickler(file, pickle.HIGHEST_PROTOCOL)
+    pickler: Any = cloudpickle.CloudPickler(file, pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]  # the same
     end = 0
     for count, request in enumerate(requests):
         if end > _LARGE:
@@ -180,7 +183,7 @@ def packed_error(error: BaseException) -> bytes:
     link: BaseException | None = error
     while link is not None and len(chain) < _CAUSES:
         try:
-            packed = cloudpickle.dumps(link)
+            packed: bytes = cloudpickle.dumps(link)  # type: ignore[no-untyped-call]  # the same
             pickle.loads(packed)  # noqa: S301  # there are errors that can be pickled and not be made again
         except Exception:
             break
@@ -195,9 +198,9 @@ def unpacked_error(data: bytes) -> Exception:
     for packed in chain:
         try:
             links.append(pickle.loads(packed))  # noqa: S301  # the same
-        except Exception:  # noqa: PERF203  # its class is not known here
+        except Exception:  # its class is not known here
             break
-    for link, cause in zip(links, links[1:], strict=False):
+    for link, cause in pairwise(links):
         link.__cause__ = cause
     return links[0] if links and isinstance(links[0], Exception) else AsyncModelsError(said)
 
