@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from asyncmodels.scored import Scored
     from asyncmodels.stream import Stream
 
-__all__ = ["SyncModel", "SyncRun", "SyncStream"]
+__all__ = ["SyncModel", "SyncRun", "SyncStream", "blocking"]
 
 T = TypeVar("T")
 
@@ -345,6 +345,11 @@ def _serve(started: Future[asyncio.AbstractEventLoop]) -> None:
             except (SystemExit, KeyboardInterrupt):
                 continue  # of one call, whose caller gets it; the loop serves the others too
             return
+
+
+def blocking(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """What ``call()`` comes to on the loop that all of these faces share: for what has no verb among theirs."""
+    return _background.run(call)
 
 
 _background = _Background()

@@ -7,6 +7,7 @@ and an event loop never waits for an import.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from asyncmodels.backend import Backend
@@ -36,6 +37,8 @@ _RESERVED = frozenset({"path_or_hf_repo", "return_config", "trust_remote_code"})
 
 class MLXBackend(EngineBackend):
     """An MLX model on an engine of its own. The parameters are those of ``MLXModel``."""
+
+    capabilities = replace(EngineBackend.capabilities, scores=False)
 
     def __init__(
         self,

@@ -9,11 +9,11 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from asyncmodels.local.grammar import validate
-from asyncmodels.local.runner import Sampled
+from asyncmodels.local.runner import Sampled, Scores
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.types import Choice, Grammar, JSONSchema, Regex
 
-__all__ = ["priority", "sampled", "sampling_params", "structured_outputs"]
+__all__ = ["priority", "sampled", "sampling_params", "scores", "scoring_params", "structured_outputs"]
 
 _LARGEST = 2**63 - 1
 """Whole numbers travel to the engine's process in 64 bits."""
@@ -47,6 +47,20 @@ def sampling_params(sequence: Sequence, *, vocabulary: int) -> SamplingParams:
     )
 
 
+def scoring_params(sequence: Sequence) -> SamplingParams:
+    """How vLLM is to score ``sequence``, with its last token behind the prompt: all of the prompt has its
+    log-probabilities taken, for which vLLM uses nothing of its prefix cache, and one token is generated for nothing.
+    """
+    return SamplingParams(
+        temperature=0.0,
+        prompt_logprobs=sequence.sampling.logprobs or 1,
+        max_tokens=1,
+        output_kind=RequestOutputKind.DELTA,
+        detokenize=False,
+        skip_clone=True,
+    )
+
+
 def structured_outputs(grammar: Grammar) -> Mapping[str, Any]:
     """``grammar`` in vLLM's words. Raises InvalidRequestError and UnsupportedError as ``validate`` does."""
     normal = validate(grammar)
@@ -71,3 +85,13 @@ def sampled(sequence: Sequence, completion: Any) -> Iterator[Sampled]:
         best = sorted((entry.rank, other, entry.logprob) for other, entry in places.items() if entry.rank <= count)
         top = tuple((other, logprob) for _, other, logprob in best)
         yield Sampled(sequence, token, places[token].logprob, top)
+
+
+def scores(sequence: Sequence, prompt_logprobs: Any) -> Scores:
+    """What vLLM says of the tokens of its prompt, of which the last are those that are scored."""
+    count = sequence.sampling.logprobs or 1
+    places = []
+    for token, place in zip(sequence.scored, prompt_logprobs[-len(sequence.scored) :], strict=True):
+        best = sorted((entry.rank, other, entry.logprob) for other, entry in place.items() if entry.rank <= count)
+        places.append((place[token].logprob, tuple((other, logprob) for _, other, logprob in best)))
+    return Scores(sequence, tuple(places))
