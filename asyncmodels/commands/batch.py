@@ -117,10 +117,15 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "--concurrency",
         metavar="N",
         type=concurrency,
-        default="auto",
         help='how many are asked at once; "auto", the default, finds out what the server takes',
     )
     add_limits(group)
+    group.add_argument(
+        "--mode",
+        choices=("calls", "batch"),
+        default="calls",
+        help="batch: through the provider's batch API, for less money and within a day; --resume goes on with it",
+    )
     group.add_argument("--max-errors", metavar="N", type=_count, help="stop when more have failed")
 
 

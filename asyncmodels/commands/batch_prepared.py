@@ -51,8 +51,8 @@ class Prepared:
 
     async def go(self) -> int:
         options = self.options
-        calls = options.concurrency
-        async with load_model(options, calls) as model:
+        calls: int | None = options.concurrency if options.concurrency != "auto" else None
+        async with load_model(options, "auto" if calls is None else calls) as model:
             self.output.open()
             try:
                 if options.overwrite and self.journal is not None:
@@ -60,12 +60,13 @@ class Prepared:
                 feed = self.feed = self._feed()
                 run = model.map(
                     feed,  # type: ignore[arg-type]  # every kind of feed is an iterable of one kind or the other
-                    concurrency=1000 if calls == "auto" else calls,
+                    concurrency=calls,
                     ordered=options.ordered,
                     limit=options.limit,
                     shuffle=options.shuffle,
                     max_errors=options.max_errors,
                     journal=self.journal,
+                    mode=options.mode,
                     progress=False if options.quiet else options.progress or None,
                     **self.params,
                 )
