@@ -25,6 +25,8 @@ class Pieces:
     content: str = ""
     reasoning: str = ""
     calls: list[ToolCallDelta] = field(default_factory=list)
+    reasoning_tokens: int | None = None
+    """How many tokens all of the reasoning had, where a parser counts them itself and has come to the end."""
 
 
 class AnswerParser(Protocol):
@@ -38,6 +40,10 @@ class AnswerParser(Protocol):
     @property
     def reasoning(self) -> bool | None:
         """Whether what comes next is reasoning, as far as is known; None for a model that does not reason."""
+        ...
+
+    def note(self, token: int) -> None:
+        """Says which token comes next, before its text."""
         ...
 
     def feed(self, text: str) -> Pieces: ...
@@ -135,6 +141,9 @@ class RegionParser:
         if self._thought is None:
             return None
         return self._state is self._thought
+
+    def note(self, token: int) -> None:
+        """Does nothing: the marks are told by the text."""
 
     def feed(self, text: str) -> Pieces:
         pieces = Pieces()

@@ -229,7 +229,7 @@ class Engine:
         while True:
             worker, ready = await self._ready()
             try:
-                prepared = await ready.encoder.prepare(request)
+                prepared = await ready.encoder.prepare(request, streaming=streaming)
             except RuntimeError:
                 if worker.listening:
                     raise

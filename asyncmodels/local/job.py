@@ -144,6 +144,8 @@ class Job:
         if output.token in eos_token_ids and not self.sequence.ignore_eos:
             reason = "stop"
         else:
+            if self.parser is not None:
+                self.parser.note(output.token)
             self._emit(self.detokenizer.push(output.token))
             if len(self.sequence.output) >= self.sequence.max_tokens:
                 reason = "length"
@@ -209,5 +211,7 @@ class Job:
             self._text.append(pieces.content)
         if pieces.reasoning:
             self._reasoning.append(pieces.reasoning)
+        if pieces.reasoning_tokens is not None:
+            self.reasoning_tokens = pieces.reasoning_tokens
         self._tool_calls += pieces.calls
         self.calls += len(pieces.calls)

@@ -107,6 +107,7 @@ class MLXRunner(Runner):
             padded=weights.batchable,
             compile_grammar=GrammarCompiler(tokenizer, width, weights.eos_token_ids).compile,
             native_calls=weights.native_calls,
+            native_thought=weights.native_thought,
             max_rows=None if weights.batchable else 1,
             weight_bytes=weights.bytes,
             device=mx.default_device().type.name,

@@ -39,6 +39,7 @@ class MLXWeights:
         self.model = model
         self.tokenizer = _tokenizer(wrapper)
         self.native_calls = _native_calls(wrapper)
+        self.native_thought = (wrapper.think_start, wrapper.think_end) if wrapper.has_thinking else None
         self.eos_token_ids = frozenset(int(token) for token in wrapper.eos_token_ids)
         self.config = config
         self.batchable = all(hasattr(layer, "merge") for layer in make_prompt_cache(model))

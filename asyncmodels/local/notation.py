@@ -1,30 +1,45 @@
 """How a model writes its calls and its reasoning, and who can read that.
 
-In this order: what the tokenizer declares of itself (a response template), the parser that the runtime has for the
-model, a row of our own table for the model's family, and what every model can be told: a JSON object between
-``<tool_call>`` and ``</tool_call>``. Reasoning stands between ``<think>`` and ``</think>`` where the chat template has
-them, unless a declaration says otherwise.
+In this order: the runtime's parsers that somebody has asked for by name, what the tokenizer declares of itself (a
+response template), the parsers that the runtime has for the model, a row of our own table for the model's family, and
+what every model can be told: a JSON object between ``<tool_call>`` and ``</tool_call>``. Reasoning stands between
+``<think>`` and ``</think>`` where the chat template has them, unless a declaration or the runtime says otherwise.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from asyncmodels.local.answer_parser import AnswerParser, Region, RegionParser
 from asyncmodels.local.response_templates import ROWS
-from asyncmodels.local.runner import NativeCalls
+from asyncmodels.local.runner import NativeAnswers, NativeCalls
 from asyncmodels.local.template_parser import TemplateParser
+from asyncmodels.local.thought_first import ThoughtFirst
 from asyncmodels.local.written_calls import Call, NotACallError, Reader, as_call, json_reader
 
-__all__ = ["OWN", "Keys", "Notation", "notation_of"]
+__all__ = ["OWN", "Keys", "Native", "Notation", "notation_of"]
 
 OWN = Region("<tool_call>", "</tool_call>")
 """Our own marks of a call, for models that have none, or whose are not known."""
 _THOUGHT = Region("<think>", "</think>")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+Runtimes: TypeAlias = Callable[[list[dict[str, Any]]], AnswerParser]
+"""Makes the runtime's own parser of one answer, given the tools."""
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """What the runtime knows of how its model answers."""
+
+    calls: NativeCalls | None = None
+    answers: NativeAnswers | None = None
+    thought: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +57,8 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Notation:
-    """One model's. At most one of ``template`` (a response template), ``native`` and ``json`` tells of its calls.
+    """One model's. At most one of ``template`` (a response template), ``native``, ``answers`` and ``json`` tells of its
+    calls.
 
     ``json`` says that its own calls are written as ours are.
     """
@@ -50,20 +66,37 @@ class Notation:
     thought: Region | None = None
     template: Mapping[str, Any] | None = None
     native: NativeCalls | None = None
+    answers: NativeAnswers | None = None
     json: bool = False
 
     @property
     def calls(self) -> bool:
         """Whether the model's own calls can be read."""
         declared = self.template is not None and "tool_calls" in self.template["fields"]
-        return declared or self.native is not None or self.json
+        answered = self.answers is not None and self.answers.calls
+        return declared or answered or self.native is not None or self.json
+
+    @property
+    def _reasons(self) -> bool:
+        """Whether the runtime's parser of answers tells of reasoning."""
+        return self.answers is not None and self.answers.reasons
+
+    def runtimes(
+        self, *, prompt: Sequence[int], template_kwargs: Mapping[str, Any], streaming: bool
+    ) -> Runtimes | None:
+        """Makes the runtime's own parser of the answer to ``prompt``; None where it has none."""
+        if self.answers is None:
+            return None
+        return partial(self.answers.parser, prompt=prompt, template_kwargs=template_kwargs, streaming=streaming)
 
     def opened(self, prompt: str) -> bool:
         """Whether the end of the prompt has opened the reasoning already."""
         return self.thought is not None and prompt.rstrip().endswith(self.thought.open.rstrip())
 
-    def plain_parser(self, tokenizer: Any, prompt: str) -> AnswerParser | None:
+    def plain_parser(self, tokenizer: Any, prompt: str, runtimes: Runtimes | None = None) -> AnswerParser | None:
         """Reads an answer without tools; None where there is nothing but content."""
+        if runtimes is not None and self._reasons:
+            return runtimes([])
         if self.template is not None:
             fields = {name: item for name, item in self.template["fields"].items() if name != "tool_calls"}
             if not fields.keys() & set(_REASONING):
@@ -71,8 +104,14 @@ class Notation:
             return _template_parser(tokenizer, {**self.template, "fields": fields}, prompt, None)
         return None if self.thought is None else self._regions(tokenizer, prompt, None)
 
-    def native_parser(self, tokenizer: Any, prompt: str, tools: list[dict[str, Any]]) -> AnswerParser:
+    def native_parser(
+        self, tokenizer: Any, prompt: str, tools: list[dict[str, Any]], runtimes: Runtimes | None = None
+    ) -> AnswerParser:
         """Reads an answer with calls in the model's own notation."""
+        if runtimes is not None:
+            calls = runtimes(tools)
+            own = self.thought is not None and not self._reasons
+            return ThoughtFirst(self._regions(tokenizer, prompt, None), calls) if own else calls
         if self.template is not None:
             return _template_parser(tokenizer, self.template, prompt, tools)
         if self.native is not None:
@@ -100,20 +139,32 @@ class Notation:
             read=read or Keys().reader,
             inside=self.opened(prompt),
             bare_names=names,
-            special_tokens=any(mark.strip() in special for region in regions for mark in (region.open, region.close)),
+            special_tokens=any(
+                token and token in mark
+                for region in regions
+                for mark in (region.open, region.close)
+                for token in special
+            ),
         )
 
 
-def notation_of(tokenizer: Any, native: NativeCalls | None = None) -> Notation:
+def notation_of(tokenizer: Any, native: Native | None = None) -> Notation:
     """What is known of the model that ``tokenizer`` belongs to; ``native`` is what its runtime knows."""
+    native = native or Native()
     text = _chat_template(tokenizer)
     thought = _THOUGHT if _THOUGHT.open in text and _THOUGHT.close in text else None
+    if thought is None and native.thought is not None:
+        thought = Region(*native.thought)
+    if native.answers is not None and native.answers.chosen:
+        return Notation(thought, answers=native.answers)
     readable = hasattr(tokenizer, "get_response_parser")
     declared = getattr(tokenizer, "response_template", None)
     if declared is not None and readable:
         return Notation(_thought(declared), template=declared)
-    if native is not None:
-        return Notation(thought, native=native)
+    if native.calls is not None:
+        return Notation(thought, native=native.calls)
+    if native.answers is not None:
+        return Notation(thought, answers=native.answers)
     for row in ROWS:
         if row.fits(text):
             if row.template is None:

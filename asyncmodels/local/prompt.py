@@ -34,8 +34,8 @@ from typing import Any, TypeAlias
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.local.answer_parser import AnswerParser
 from asyncmodels.local.deep_threads import DeepThreads
-from asyncmodels.local.notation import Keys, notation_of
-from asyncmodels.local.runner import NativeCalls, ReadsImages
+from asyncmodels.local.notation import Keys, Native, notation_of
+from asyncmodels.local.runner import ReadsImages
 from asyncmodels.local.score_prompt import checked_tokens, score_tokens
 from asyncmodels.local.template_messages import Messages, in_parts, is_pictured, template_messages
 from asyncmodels.local.tool_grammar import call_grammar
@@ -106,7 +106,7 @@ class PromptEncoder:
         *,
         template_kwargs: Mapping[str, Any] | None = None,
         compile_grammar: Callable[[Grammar], Any] | None = None,
-        native_calls: NativeCalls | None = None,
+        native: Native | None = None,
         images: ReadsImages | None = None,
         blind: str = "This model does not support images.",
         keys: Keys | None = None,
@@ -116,7 +116,7 @@ class PromptEncoder:
         self._template_kwargs = dict(template_kwargs or {})
         self._compile = compile_grammar
         self._keys = keys or Keys()
-        self._notation = notation_of(tokenizer, native_calls)
+        self._notation = notation_of(tokenizer, native)
         self._images = images
         self._blind = blind
         # Stands for an image in the text of a message; nobody can have written it there.
@@ -130,10 +130,12 @@ class PromptEncoder:
         self._looking = ThreadPoolExecutor(threads, thread_name_prefix=f"asyncmodels-image-{name}")
         self._deep = DeepThreads(name)
 
-    async def prepare(self, request: Request) -> Prepared:
-        """Raises InvalidRequestError where the chat template cannot take the messages, the tokenizer their text, or
-        the grammar is wrong, or an image cannot be read; UnsupportedError, MissingExtraError where there are no means
-        for it.
+    async def prepare(self, request: Request, *, streaming: bool = True) -> Prepared:
+        """``streaming`` says whether anybody looks at the answer before it has ended.
+
+        Raises InvalidRequestError where the chat template cannot take the messages, the tokenizer their text, or the
+        grammar is wrong, or an image cannot be read; UnsupportedError, MissingExtraError where there are no means for
+        it.
         """
         pool = self._pool
         if any(map(is_pictured, request.messages)):
@@ -141,7 +143,7 @@ class PromptEncoder:
                 raise UnsupportedError(self._blind)
             request = evolve(request, messages=await self._images.fetched(request.messages))
             pool = self._looking
-        written = await asyncio.get_running_loop().run_in_executor(pool, self._write, request)
+        written = await asyncio.get_running_loop().run_in_executor(pool, self._write, request, streaming)
         constraint = None
         if written.grammar is not None:
             if self._compile is None:
@@ -151,7 +153,7 @@ class PromptEncoder:
             written.prompt, constraint, written.parser, written.demanded, written.images, scored=written.scored
         )
 
-    def _write(self, request: Request) -> _Written:
+    def _write(self, request: Request, streaming: bool) -> _Written:
         tokenizer, reader = self._own_tokenizer()
         tokenize = partial(_tokenize, tokenizer)
         if request.score is not None and request.score.prompt is not None:
@@ -160,7 +162,7 @@ class PromptEncoder:
         ids = prompt_tokens(request)
         if ids:
             return _Written(checked_tokens(tokenizer, ids), _content_grammar(request), None)
-        written = self._write_messages(tokenizer, reader, request)
+        written = self._write_messages(tokenizer, reader, request, streaming)
         if request.score is None:
             return written
         if written.images is not None:
@@ -168,7 +170,9 @@ class PromptEncoder:
         _, scored = score_tokens(tokenizer, tokenize, Score(request.score.continuation, written.prompt))
         return _Written(written.prompt, None, None, scored=scored)
 
-    def _write_messages(self, tokenizer: Any, reader: ReadsImages | None, request: Request) -> _Written:
+    def _write_messages(
+        self, tokenizer: Any, reader: ReadsImages | None, request: Request, streaming: bool
+    ) -> _Written:
         kwargs = {**self._template_kwargs, **template_kwargs(request)}
         tools = () if request.tool_choice == "none" else request.tools
         if not getattr(tokenizer, "chat_template", None) and "chat_template" not in kwargs:
@@ -194,17 +198,18 @@ class PromptEncoder:
         grammar = _grammar(request, tools, keys, demanded=demanded)
         if grammar is not None and notation.opened(text):
             text = f"{text.rstrip()}\n{notation.thought.close}\n\n" if notation.thought else text
+        prompt, images = _encoded(tokenizer, reader, text, request.messages)
+        runtimes = notation.runtimes(prompt=prompt, template_kwargs=kwargs, streaming=streaming)
         parser: AnswerParser | None = None
         if grammar is not None:
             if tools and grammar is not request.grammar:
                 parser = notation.own_parser(tokenizer, text, keys, frozenset())
         elif native:
-            parser = notation.native_parser(tokenizer, text, shapes)
+            parser = notation.native_parser(tokenizer, text, shapes, runtimes)
         elif tools:
             parser = notation.own_parser(tokenizer, text, keys, frozenset(tool.name for tool in tools))
         else:
-            parser = notation.plain_parser(tokenizer, text)
-        prompt, images = _encoded(tokenizer, reader, text, request.messages)
+            parser = notation.plain_parser(tokenizer, text, runtimes)
         return _Written(prompt, grammar, parser, demanded, images)
 
     def close(self) -> None:

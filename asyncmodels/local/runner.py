@@ -12,6 +12,7 @@ from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeAlias
 
+from asyncmodels.local.answer_parser import AnswerParser
 from asyncmodels.local.sequence import SamplingDefaults, Sequence
 from asyncmodels.types import FinishReason, Grammar, Message
 
@@ -20,6 +21,7 @@ __all__ = [
     "Ended",
     "Failed",
     "MakesDetokenizers",
+    "NativeAnswers",
     "NativeCalls",
     "Output",
     "ReadsImages",
@@ -61,6 +63,40 @@ class NativeCalls:
     start: str
     end: str
     read: Callable[[str, list[dict[str, Any]]], Any]
+
+
+class NativeAnswers(Protocol):
+    """The parsers that a runtime has for whole answers of its model."""
+
+    @property
+    def calls(self) -> bool:
+        """Whether they read tool calls."""
+        ...
+
+    @property
+    def reasons(self) -> bool:
+        """Whether they tell reasoning from content."""
+        ...
+
+    @property
+    def chosen(self) -> bool:
+        """Whether somebody has asked for them by name: then they come before what the tokenizer declares."""
+        ...
+
+    def parser(
+        self,
+        tools: list[dict[str, Any]],
+        /,
+        *,
+        prompt: Rows[int],
+        template_kwargs: Mapping[str, Any],
+        streaming: bool,
+    ) -> AnswerParser:
+        """A reader of the answer to ``prompt``, for which the template was told ``template_kwargs``.
+
+        Unless it is ``streaming`` nobody looks at anything before the answer has ended.
+        """
+        ...
 
 
 class ReadsImages(Protocol):
@@ -113,6 +149,10 @@ class RunnerInfo:
     """How many tokens more than its prompt a sequence takes that is scored."""
     native_calls: NativeCalls | None = field(default=None, repr=False)
     """How the runtime itself reads the model's tool calls, where the tokenizer does not declare it."""
+    native_answers: NativeAnswers | None = field(default=None, repr=False)
+    """The same for a runtime that reads whole answers."""
+    native_thought: tuple[str, str] | None = None
+    """The marks between which the model's reasoning stands, as far as the runtime knows."""
     images: ReadsImages | None = field(default=None, repr=False)
     """How the model is shown images; None where it cannot be."""
     blind: str = "This model does not support images."

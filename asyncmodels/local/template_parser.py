@@ -52,6 +52,9 @@ class TemplateParser:
     def reasoning(self) -> bool | None:
         return self._region in _REASONING if self._reasons else None
 
+    def note(self, token: int) -> None:
+        """Does nothing: the marks are told by the text."""
+
     def feed(self, text: str) -> Pieces:
         pieces = Pieces()
         if self._broken:

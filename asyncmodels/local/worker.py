@@ -28,7 +28,7 @@ from asyncmodels.errors import (
 )
 from asyncmodels.local.host import Place
 from asyncmodels.local.job import Job
-from asyncmodels.local.notation import Keys
+from asyncmodels.local.notation import Keys, Native
 from asyncmodels.local.out_of_memory import out_of_memory
 from asyncmodels.local.prompt import PromptEncoder
 from asyncmodels.local.runner import (
@@ -226,7 +226,7 @@ class Worker:
             info.tokenizer,
             template_kwargs=settings.template_kwargs,
             compile_grammar=info.compile_grammar,
-            native_calls=info.native_calls,
+            native=Native(info.native_calls, info.native_answers, info.native_thought),
             images=info.images,
             blind=info.blind,
             keys=settings.keys,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from asyncmodels.local.answer_parser import AnswerParser, RegionParser
-from asyncmodels.local.notation import Keys, notation_of
+from asyncmodels.local.notation import Keys, Native, notation_of
 from asyncmodels.local.response_templates import ROWS
 from asyncmodels.local.runner import NativeCalls
 from asyncmodels.local.template_parser import TemplateParser
@@ -134,10 +134,10 @@ def test_a_declaration_comes_first(own_tokenizer: Any) -> None:
     with_template(own_tokenizer, QWEN3)
     native = NativeCalls("[N]", "[/N]", lambda text, tools: {"name": text, "arguments": {}})
     assert notation_of(own_tokenizer).json
-    parser = notation_of(own_tokenizer, native).native_parser(own_tokenizer, PROMPT, TOOLS)
+    parser = notation_of(own_tokenizer, Native(native)).native_parser(own_tokenizer, PROMPT, TOOLS)
     assert read(parser, "a [N]look[/N]", 2) == ("a", "", [("look", {})])
     own_tokenizer.response_template = DECLARED
-    parser = notation_of(own_tokenizer, native).native_parser(own_tokenizer, PROMPT, TOOLS)
+    parser = notation_of(own_tokenizer, Native(native)).native_parser(own_tokenizer, PROMPT, TOOLS)
     assert isinstance(parser, TemplateParser)
     answer = '[T]Hm.[/T]I look.[C]{"name": "look", "arguments": {"at": "it"}}'
     assert read(parser, answer, 2) == ("I look.", "Hm.", [("look", {"at": "it"})])
@@ -158,7 +158,7 @@ def test_the_runtimes_parser_may_raise_anything(own_tokenizer: Any) -> None:
         assert tools == TOOLS
         raise KeyError(text)
 
-    notation = notation_of(own_tokenizer, NativeCalls("[N]", "[/N]", read_native))
+    notation = notation_of(own_tokenizer, Native(NativeCalls("[N]", "[/N]", read_native)))
     parser = notation.native_parser(own_tokenizer, PROMPT, TOOLS)
     assert read(parser, "a [N]look[/N] b", 1) == ("a [N]look[/N] b", "", [])
 
@@ -166,7 +166,7 @@ def test_the_runtimes_parser_may_raise_anything(own_tokenizer: Any) -> None:
 def test_marks_that_are_special_tokens(own_tokenizer: Any) -> None:
     """Special tokens are asked for where they are marks, and only there."""
     native = NativeCalls("<|start|>", "<|end|>", lambda text, tools: {"name": text})
-    assert notation_of(own_tokenizer, native).native_parser(own_tokenizer, PROMPT, TOOLS).special_tokens
+    assert notation_of(own_tokenizer, Native(native)).native_parser(own_tokenizer, PROMPT, TOOLS).special_tokens
     assert not notation_of(own_tokenizer).own_parser(own_tokenizer, PROMPT, Keys(), frozenset()).special_tokens
 
 
