@@ -101,7 +101,7 @@ class Provider:
     # -- the API ------------------------------------------------------------------------------------------------------
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        path = request.path.removeprefix("/v1")
+        path = request.path.removeprefix("/openai").removeprefix("/v1")  # Azure's is there, too
         body = await request.read()
         with self.happened:
             self.requests.append((request.method, path))
@@ -264,7 +264,8 @@ class Provider:
 
     def _end(self, batch: Batch, status: str) -> None:
         data = batch.data
-        outputs, errors = [], []
+        outputs: list[dict[str, Any]] = []
+        errors: list[dict[str, Any]] = []
         count = len(batch.lines) if self.answered is None else self.answered
         for place, line in enumerate(batch.lines):
             name = line["custom_id"]
@@ -276,9 +277,9 @@ class Provider:
                 told["error"] = {"code": code, "message": "This request could not be executed in time."}
                 errors.append(told)
                 continue
-            code, body = self.answer(line["body"])
-            told["response"] = {"status_code": code, "request_id": f"req_{place}", "body": body}
-            (outputs if code == 200 else errors).append(told)
+            number, body = self.answer(line["body"])
+            told["response"] = {"status_code": number, "request_id": f"req_{place}", "body": body}
+            (outputs if number == 200 else errors).append(told)
         outputs.reverse()  # they come in no order
         for field_, told_lines in (("output_file_id", outputs), ("error_file_id", errors)):
             if told_lines or (field_ == "output_file_id" and self.extra_lines):
