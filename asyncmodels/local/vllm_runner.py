@@ -27,7 +27,14 @@ from asyncmodels.local.sequence import SamplingDefaults, Sequence
 from asyncmodels.local.vllm_answers import vllm_answers
 from asyncmodels.local.vllm_arguments import engine_arguments
 from asyncmodels.local.vllm_parsers import SETTINGS as PARSERS
-from asyncmodels.local.vllm_sampling import priority, sampled, sampling_params, structured_outputs
+from asyncmodels.local.vllm_sampling import (
+    priority,
+    sampled,
+    sampling_params,
+    scores,
+    scoring_params,
+    structured_outputs,
+)
 from asyncmodels.local.vllm_statistics import VLLMStatistics
 
 __all__ = ["VLLMRunner"]
@@ -91,6 +98,7 @@ class VLLMRunner(Runner):
             # More than that would wait inside of vLLM, where nobody is fair to agents.
             max_rows=setup.scheduler_config.max_num_seqs * setup.parallel_config.data_parallel_size,
             compile_grammar=structured_outputs,
+            scored_room=2,  # the last token, which is read as well, and one that is generated
             native_answers=vllm_answers(tokenizer, self._parsers),
             device=str(current_platform.device_type),
             dtype=str(model.dtype).removeprefix("torch."),
@@ -172,8 +180,11 @@ class VLLMRunner(Runner):
         if sequence not in self._followed or self._engine is None:
             return
         try:
-            prompt = tokens_input(list(sequence.prompt), cache_salt=sequence.cache_salt)
-            params = sampling_params(sequence, vocabulary=self._vocabulary)
+            prompt = tokens_input([*sequence.prompt, *sequence.scored[-1:]], cache_salt=sequence.cache_salt)
+            if sequence.scored:
+                params = scoring_params(sequence)
+            else:
+                params = sampling_params(sequence, vocabulary=self._vocabulary)
             generator = self._engine.generate(prompt, params, sequence.id, priority=priority(sequence))
             async with aclosing(generator) as outputs:
                 async for output in outputs:
@@ -186,6 +197,11 @@ class VLLMRunner(Runner):
     def _take(self, sequence: Sequence, output: Any) -> None:
         if self._caches and sequence.cached is None:
             sequence.cached = output.num_cached_tokens
+        if sequence.scored and output.prompt_logprobs:
+            self._followed.discard(sequence)
+            self._outputs.append(scores(sequence, output.prompt_logprobs))
+            self._loop.stop()
+            return
         completion = output.outputs[0]
         self._outputs += sampled(sequence, completion)
         reason = completion.finish_reason
