@@ -305,6 +305,7 @@ FOREIGN: Mapping[str, set[str]] = {
     "integrations.inspect_ai_answers": {"inspect_ai", "pydantic"},
     "integrations.inspect_ai_provider": {"inspect_ai", "tenacity"},
     "integrations.inspect_ai_sample": {"inspect_ai", "rich"},
+    "integrations.lm_eval": {"lm_eval", "tqdm"},
     **{f"integrations.smolagents{part}": {"smolagents"} for part in ("", "_answers", "_messages", "_parameters")},
 }
 """Packages of others, imported at the top of the leaf that owns them."""
@@ -312,6 +313,7 @@ FOREIGN_LAZY: Mapping[str, set[str]] = {
     "batch.run": {"pandas"},
     "formats": {"jsonschema", "pydantic", "referencing"},
     "images": {"PIL"},
+    "integrations.lm_eval": {"jinja2", "lm_eval", "transformers"},
     "policies.prices": {"genai_prices"},
     "policies.telemetry": {"opentelemetry"},
     "sync": {"pandas"},
