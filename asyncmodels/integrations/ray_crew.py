@@ -181,7 +181,7 @@ class RayCrew(Answering):
 
     async def aclose(self) -> None:
         """Ends everything, and the workers' processes."""
-        self._failure = self._failure or RunError("The workers have been closed.")
+        self._fail(RunError("The workers have been closed."))
         members, self._members = self._members, []
         tasks = [task for task in (self._starting, *(member.serving for member in members)) if task is not None]
         for task in tasks:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -35,15 +37,15 @@ def running_cluster() -> Iterator[Cluster]:
     """With two CPUs. Afterwards all processes that it started have ended."""
     before = _children()
     # Ray's sockets lie in it, whose paths must be short.
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:  # noqa: S108  # of its own
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            context = ray.init(
+            context: Any = ray.init(
                 num_cpus=2,
                 include_dashboard=False,
                 object_store_memory=80 * 2**20,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _temp_dir=folder,
             )
         try:
@@ -57,7 +59,15 @@ def running_cluster() -> Iterator[Cluster]:
 
 
 def _children() -> set[int]:
-    return {child.pid for child in psutil.Process().children(recursive=True)}
+    """Of this process, those of Ray."""
+    return {child.pid for child in psutil.Process().children(recursive=True) if _is_of_ray(child)}
+
+
+def _is_of_ray(process: psutil.Process) -> bool:
+    try:
+        return any("ray::" in word or "/ray/" in word for word in process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def are_gone(*pids: int) -> bool:

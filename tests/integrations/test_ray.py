@@ -341,7 +341,7 @@ async def test_a_model_that_cannot_be_made_is_one_error_at_the_start() -> None:
 async def test_no_place_in_the_cluster() -> None:
     """Where Ray finds no place in time the run says what was wanted and what there is."""
     executor = RayExecutor(workers=2, num_gpus=1, resources={"fast": 2}, start_timeout=0.3)
-    with pytest.raises(ConfigurationError, match="Each needs 1 CPU, 1 GPU, 2 fast, and free .* 0 GPU, 0 fast"):
+    with pytest.raises(ConfigurationError, match=r"Each needs 1 CPU, 1 GPU, 2 fast, and free .* 0 GPU, 0 fast"):
         await echo().map(["a"], executor=executor).results()
 
 

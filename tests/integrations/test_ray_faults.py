@@ -1,4 +1,4 @@
-"""What goes wrong in a run on Ray: workers that are killed, items that kill them, runs that are left, limits in Redis."""
+"""What goes wrong in a run on Ray: workers that die, items that kill them, runs that are left; and limits in Redis."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from asyncmodels.callable import CallableModel
 from asyncmodels.errors import ClosedError, RunError, WorkerDiedError
 from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.remote.openai import OpenAIModel
-from tests.batch.killing import counting_server
+from tests.batch.killing import Seen, counting_server
 from tests.server.handle import Server
+from tests.server.script import Answer
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -41,6 +42,13 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture
+def counted_server() -> Iterator[tuple[str, Seen]]:
+    """A model that answers each prompt with ``answer to`` it, after 20 ms; its URL and what it has seen."""
+    with counting_server() as told:
+        yield told
+
+
 def slow() -> CallableModel:
     """Answers with the number of the process, and never where the prompt is ``wait``."""
 
@@ -55,23 +63,23 @@ def slow() -> CallableModel:
     return CallableModel(answer)
 
 
-async def test_a_killed_worker_costs_no_item(tmp_path: Path) -> None:
+async def test_a_killed_worker_costs_no_item(tmp_path: Path, counted_server: tuple[str, Seen]) -> None:
     """Each item is in the journal once with its own answer; only what the dead worker held is asked again, once."""
     count, in_flight = 300, 20
     executor = RayExecutor(workers=2, in_flight=in_flight)
     inputs = [{"id": str(number), "prompt": str(number)} for number in range(count)]
     journal = tmp_path / "run.sqlite"
     seen_items, killed = [], 0
-    with counting_server() as (url, seen):
-        async with OpenAIModel("m", api_base=url, api_key=KEY) as model, executor:
-            async for item in model.map(inputs, journal=journal, executor=executor, progress=False):
-                seen_items.append(item)
-                counted = executor.statistics()
-                assert counted is not None
-                if not killed and len(seen_items) > 50 and counted.workers[0].in_flight:
-                    killed = counted.workers[0].pid
-                    os.kill(killed, signal.SIGKILL)
+    url, seen = counted_server
+    async with OpenAIModel("m", api_base=url, api_key=KEY) as model, executor:
+        async for item in model.map(inputs, journal=journal, executor=executor, progress=False):
+            seen_items.append(item)
             counted = executor.statistics()
+            assert counted is not None
+            if not killed and len(seen_items) > 50 and counted.workers[0].in_flight:
+                killed = counted.workers[0].pid
+                os.kill(killed, signal.SIGKILL)
+        counted = executor.statistics()
     assert counted is not None
     assert counted.died == 1
     assert 0 < counted.sent_again <= in_flight
@@ -122,16 +130,15 @@ async def test_no_worker_left_is_the_end_of_the_run(tmp_path: Path) -> None:
 
     journal = tmp_path / "run.jsonl"
     executor = RayExecutor(workers=1, in_flight=2, model=once)
+    items = aiter(slow().map(["a", "wait"], journal=journal, executor=executor, progress=False))
+    os.kill(int(str((await anext(items)).unwrap())), signal.SIGKILL)
     with pytest.raises(RunError, match="has no worker any more"):
-        async for item in slow().map(["a", "wait"], journal=journal, executor=executor, progress=False):
-            os.kill(int(str(item.unwrap())), signal.SIGKILL)
+        await anext(items)
     assert [record.id for record in read_journal(journal).records() if record.ok] == ["0"]
 
 
 async def test_cancel_ends_what_the_workers_do(server: Server) -> None:
     """Reading ends, no request stays open at the provider, and the processes go."""
-    from tests.server.script import Answer
-
     place = server.script(Answer(delay=60))
     executor = RayExecutor(workers=2, in_flight=5)
     async with OpenAIModel("m", api_base=f"{place.url}/v1", api_key=KEY) as model:
@@ -149,13 +156,17 @@ async def test_cancel_ends_what_the_workers_do(server: Server) -> None:
 
 async def test_an_error_of_the_reader_ends_the_workers() -> None:
     """What is raised where results are read leaves nothing behind."""
-    pid = 0
-    with pytest.raises(ZeroDivisionError):
+    pids = []
+
+    async def read() -> None:
         async with slow().map(["a", *["wait"] * 10], executor=RayExecutor(workers=1), progress=False) as run:
             async for item in run:
-                pid = int(str(item.unwrap()))
-                pid / 0
-    assert are_gone(pid)
+                pids.append(int(str(item.unwrap())))
+                raise LookupError("of the reader")
+
+    with pytest.raises(LookupError, match="of the reader"):
+        await read()
+    assert are_gone(*pids)
 
 
 async def test_cancelling_the_task_that_reads() -> None:
@@ -173,9 +184,11 @@ async def test_cancelling_the_task_that_reads() -> None:
 async def test_closing_the_executor_under_a_run() -> None:
     """Its items can no longer be answered, which ends it."""
     executor = RayExecutor(workers=1)
+    items = aiter(slow().map(["a", "wait"], executor=executor, progress=False))
+    await anext(items)
+    await executor.aclose()
     with pytest.raises(RunError, match="have been closed"):
-        async for _ in slow().map(["a", "wait"], executor=executor, progress=False):
-            await executor.aclose()
+        await anext(items)
 
 
 async def test_a_model_that_is_closed_on_its_worker() -> None:
@@ -273,18 +286,18 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
         process.kill()
 
 
-async def test_workers_share_a_limit_through_redis(redis_url: str) -> None:
+async def test_workers_share_a_limit_through_redis(redis_url: str, counted_server: tuple[str, Seen]) -> None:
     """Both ask, and both together no faster than the one limit allows."""
     per_second, count = 40.0, 100
     began, times = time.monotonic(), []
     limit = partial(RateLimit, requests_per_minute=60 * per_second, shared=redis_url)
     executor = RayExecutor(workers=2)
-    with counting_server() as (url, seen):
-        async with OpenAIModel("m", api_base=url, api_key=KEY, policies=[limit]) as model, executor:
-            async for item in model.map([str(n) for n in range(count)], executor=executor, progress=False):
-                item.unwrap()
-                times.append(time.monotonic() - began)
-            counted = executor.statistics()
+    url, seen = counted_server
+    async with OpenAIModel("m", api_base=url, api_key=KEY, policies=[limit]) as model, executor:
+        async for item in model.map([str(n) for n in range(count)], executor=executor, progress=False):
+            item.unwrap()
+            times.append(time.monotonic() - began)
+        counted = executor.statistics()
     assert counted is not None
     assert all(worker.answered > 10 for worker in counted.workers)
     assert seen.prompts.total() == count
