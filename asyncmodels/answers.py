@@ -10,6 +10,7 @@ import base64
 import json
 from typing import Any
 
+from asyncmodels import fast_json
 from asyncmodels.types import Response, Timing, TokenLogprob, ToolCall, Usage, make
 
 __all__ = ["decode", "encode"]
@@ -25,20 +26,20 @@ def encode(response: Response) -> bytes:
         "tool_calls": [[call.id, call.name, call.arguments, call.extra] for call in response.tool_calls],
         "reasoning": response.reasoning,
         "finish_reason": response.finish_reason,
-        "usage": usage and [usage.input_tokens, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens],
+        "usage": usage
+        and _said([usage.input_tokens, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens]),
         "model": response.model,
         "id": response.id,
         "logprobs": response.logprobs and [[each.token, each.logprob, each.top] for each in response.logprobs],
         "extra": response.extra,
     }
-    return _encoder.encode({name: value for name, value in fields.items() if value or value == ""}).encode("ascii")
+    return _encoder.encode({name: value for name, value in fields.items() if value or value == ""})
 
 
 def decode(answer: bytes, *, attempts: int, cached: bool, timing: Timing = _NO_TIMING) -> Response:
     """A new Response. Raises ValueError for bytes that ``encode`` did not write."""
     try:
-        text = answer.decode("ascii")
-        fields = (_decoder_of_bytes if _BYTES in text else _decoder).decode(text)
+        fields = json.loads(answer, object_hook=_unplain) if _BYTES in answer else fast_json.decode(answer)
         usage, calls, logprobs = fields.get("usage"), fields.get("tool_calls"), fields.get("logprobs")
         return make(
             Response,
@@ -60,25 +61,32 @@ def decode(answer: bytes, *, attempts: int, cached: bool, timing: Timing = _NO_T
         raise ValueError("This is no answer that was written here.") from error
 
 
+def _counts(usage: Usage) -> list[int | None]:
+    """Without the unknown at the end."""
+    counts = [usage.input_tokens, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens]
+    while counts and counts[-1] is None:
+        del counts[-1]
+    return counts
+
+
 def _logprob(token: str, logprob: float, top: list[list[Any]]) -> TokenLogprob:
     return TokenLogprob(token, logprob, tuple((other, value) for other, value in top))
 
 
-_BYTES = "asyncmodels.bytes"
+_BYTES_KEY = "asyncmodels.bytes"
+_BYTES = _BYTES_KEY.encode()
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, bytes | bytearray):
-        return {_BYTES: base64.b64encode(value).decode("ascii")}
+        return {_BYTES_KEY: base64.b64encode(value).decode("ascii")}
     if hasattr(value, "keys"):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no place in JSON")
 
 
 def _unplain(value: dict[str, Any]) -> Any:
-    return base64.b64decode(value[_BYTES]) if value.keys() == {_BYTES} else value
+    return base64.b64decode(value[_BYTES_KEY]) if value.keys() == {_BYTES_KEY} else value
 
 
-_decoder = json.JSONDecoder()
-_decoder_of_bytes = json.JSONDecoder(object_hook=_unplain)
-_encoder = json.JSONEncoder(separators=(",", ":"), default=_plain)
+_encoder = fast_json.Encoder(default=_plain)

@@ -14,7 +14,6 @@ from asyncmodels.calls import Calls, call_timeout, require_asyncio, with_images
 from asyncmodels.deadline import within
 from asyncmodels.errors import ConfigurationError, InvalidResponseError
 from asyncmodels.formats import parse_response
-from asyncmodels.identity import question
 from asyncmodels.messages import needs_loading
 from asyncmodels.recipe import Reproducible
 from asyncmodels.request import Parameters, build_request, normalise
@@ -305,7 +304,11 @@ class Model(Backend, Reproducible):
 
     def identity(self) -> Mapping[str, Any]:
         """What a Model inside of a chain adds to the requests that come down to it."""
-        return {"defaults": question(evolve(Request(messages=()), **self._defaults))} if self._defaults else {}
+        if not self._defaults:
+            return {}
+        from asyncmodels.identity import question
+
+        return {"defaults": question(evolve(Request(messages=()), **self._defaults))}
 
     def _links(self) -> Iterator[Backend]:
         """The links of the chain down to the backend, or to a Model, which answers for what is inside of it."""

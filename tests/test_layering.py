@@ -128,6 +128,7 @@ PACKAGES: Mapping[str, set[str]] = {
         "bulk",
         "clock",
         "errors",
+        "fast_json",
         "fingerprint",
         "formats",
         "histogram",

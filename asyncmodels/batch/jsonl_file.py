@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from asyncmodels.batch.bulk_journal import BatchNote, Placed
 from asyncmodels.batch.journal_file import JournalFile, cannot, damaged, no_journal, too_new
 from asyncmodels.batch.record import Record, Sample
+from asyncmodels.fast_json import compact
 
 __all__ = ["JSONLFile", "JSONLReader", "as_record", "as_sample", "is_jsonl", "lines"]
 
@@ -262,7 +263,7 @@ def as_record(value: Mapping[str, Any]) -> Record | None:
     fields = {name: value.get(name, _DEFAULTS.get(name)) for name in Record._fields}
     for name in _RAW:
         if fields[name] is not None:
-            fields[name] = _encode(fields[name])
+            fields[name] = compact(fields[name])
     if not isinstance(fields["id"], str) or not isinstance(fields["place"], int):
         return None
     return Record(**fields)

@@ -70,7 +70,7 @@ class Record(NamedTuple):
         if self.answer is None:
             return None
         timing = Timing(queued=self.queued or 0.0, first_token=self.first_token, service=self.service)
-        return decode(self.answer.encode("ascii"), attempts=self.attempts, cached=bool(self.cached), timing=timing)
+        return decode(self.answer.encode("utf-8"), attempts=self.attempts, cached=bool(self.cached), timing=timing)
 
 
 class Sample(NamedTuple):
@@ -112,13 +112,13 @@ class Questions:
             return _UNSAID
         except (TypeError, ValueError, OSError):  # of values that JSON does not have, or an image that cannot be read
             return Asked(None, _shown(request))
-        said = text.decode("ascii")
+        said = text.decode("utf-8")
         return Asked(self.key(said), said)
 
     def key(self, text: str) -> str:
         """Of a question that is written down already."""
         key = self._prefix.copy()
-        key.update(text.encode("ascii", "replace"))
+        key.update(text.encode("utf-8", "replace"))
         return key.hexdigest()[:32]
 
 
@@ -142,7 +142,7 @@ def recorded(item: Item, asked: Asked | None) -> Record:
     answer = None
     if response is not None:
         try:
-            answer = encode(response).decode("ascii")
+            answer = encode(response).decode("utf-8")
         except (TypeError, ValueError, RecursionError):
             # It came out of the run; what JSON cannot hold can only be asked again.
             if asked is not None:
