@@ -26,8 +26,7 @@ def encode(response: Response) -> bytes:
         "tool_calls": [[call.id, call.name, call.arguments, call.extra] for call in response.tool_calls],
         "reasoning": response.reasoning,
         "finish_reason": response.finish_reason,
-        "usage": usage
-        and _said([usage.input_tokens, usage.output_tokens, usage.cached_tokens, usage.reasoning_tokens]),
+        "usage": usage and _counts(usage),
         "model": response.model,
         "id": response.id,
         "logprobs": response.logprobs and [[each.token, each.logprob, each.top] for each in response.logprobs],
