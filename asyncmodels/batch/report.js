@@ -62,28 +62,30 @@
     return `[${kind}${digest ? `, sha256 ${digest[1].slice(0, 12)}…` : ""}${part.url ? `, ${part.url}` : ""}]`;
   };
   const partText = (part) =>
-    typeof part === "string" ? part : part.type === "text" ? String(part.text) : part.type === "image" ? image(part)
+    !(part instanceof Object) ? String(part) : part.type === "text" ? String(part.text) : part.type === "image" ? image(part)
       : JSON.stringify(part.value === undefined ? part : part.value);
   const contentText = (content) =>
     content == null ? "" : Array.isArray(content) ? content.map(partText).join("\n") : String(content);
   const callText = (call) => {
-    const [name, given] = Array.isArray(call) ? [call[1], call[2]] : [call.name, call.arguments];
+    const [name, given] = Array.isArray(call) ? [call[1], call[2]] : [call?.name, call?.arguments];
     return `${name}(${typeof given === "string" ? given : JSON.stringify(given)})`;
   };
-  const messagesOf = (question) => (question && Array.isArray(question.messages) ? question.messages : []);
+  const callTexts = (calls) => (Array.isArray(calls) ? calls.map(callText) : []);
+  const messagesOf = (question) =>
+    question && Array.isArray(question.messages) ? question.messages.filter((each) => each instanceof Object) : [];
   const messageText = (message) =>
-    [message.reasoning, contentText(message.content), ...(message.tool_calls || []).map(callText)].filter(Boolean).join("\n");
+    [message.reasoning, contentText(message.content), ...callTexts(message.tool_calls)].filter(Boolean).join("\n");
   const lastAsked = (question) => {
     const messages = messagesOf(question);
     return messageText(messages.findLast((message) => message.role === "user") || messages.at(-1) || {});
   };
   const answerText = (answer) =>
-    answer ? [contentText(answer.content), ...(answer.tool_calls || []).map(callText)].filter(Boolean).join("\n") : "";
+    answer ? [contentText(answer.content), ...callTexts(answer.tool_calls)].filter(Boolean).join("\n") : "";
 
   const texts = {
     prompt: ([, question]) => messagesOf(question).map(messageText).join("\n"),
     answer: ([, , answer]) => (answer ? `${answer.reasoning || ""}\n${answerText(answer)}` : ""),
-    error: ([, , , error]) => error || "",
+    error: ([, , , error]) => String(error || ""),
     id: ([id]) => id,
   };
   const says = (row, words, place) =>
@@ -320,16 +322,16 @@
     if (row !== view[active]) return;
     const [id, question, answer, error, more] = data, body = element("div", "body", told(row, more));
     for (const message of messagesOf(question)) {
-      const calls = (message.tool_calls || []).map(callText);
+      const calls = callTexts(message.tool_calls);
       const title = [message.role, message.name, message.tool_call_id].filter(Boolean).join(" · ");
-      const bodies = [message.reasoning && `(thought) ${message.reasoning}`, contentText(message.content), ...calls];
+      const bodies = [message.reasoning && `(thought) ${message.reasoning}`, contentText(message.content), ...calls].map((text) => text && String(text));
       body.append(said(title, "", ...bodies.filter(Boolean)));
     }
     const { messages, ...others } = question || {};
     if (Object.keys(others).length) body.append(said("asked with", "", JSON.stringify(others, null, 2)));
-    if (answer && answer.reasoning) body.append(said("thought", "", answer.reasoning));
-    if (answer) body.append(said("answer", "good", contentText(answer.content) || "(no text)", ...(answer.tool_calls || []).map(callText)));
-    if (errorOf(row)) body.append(said(errorOf(row), "bad", error || "(no message)"));
+    if (answer && answer.reasoning) body.append(said("thought", "", String(answer.reasoning)));
+    if (answer) body.append(said("answer", "good", contentText(answer.content) || "(no text)", ...callTexts(answer.tool_calls)));
+    if (errorOf(row)) body.append(said(errorOf(row), "bad", String(error || "(no message)")));
     const button = (text, label, off, does) => {
       const made = element("button", "", text);
       made.type = "button";

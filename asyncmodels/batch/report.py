@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from asyncmodels.batch.journal_file import damaged
 from asyncmodels.batch.reading import JournalReader, read_journal
 from asyncmodels.batch.report_page import begin_page, end_page
 from asyncmodels.batch.report_rows import Rows
@@ -87,8 +88,11 @@ def _written(reader: JournalReader, partial: Path, target: Path, most: int, pric
     with open(partial, "wb") as page, tempfile.TemporaryFile(dir=partial.parent) as waiting:
         rows = Rows(waiting, count=count, most=min(most, _fitting(reader.path, count)))
         for record in reader.records():
-            summary.item(record)
-            rows.add(record)
+            try:
+                summary.item(record)
+                rows.add(record)
+            except (TypeError, AttributeError, OverflowError) as error:
+                raise damaged(reader.path, f"item {record.id!r} has a value of the wrong kind") from error
         for sample in reader.samples():
             summary.sample(sample)
         rows.finish()

@@ -169,6 +169,7 @@ async def browser(folder: Path) -> AsyncIterator[Page]:
         start_new_session=True,
         env={**os.environ, "HOME": str(folder)},
     )
+    drained: asyncio.Task[None] | None = None
     try:
         assert process.stderr is not None
         said = b""
@@ -190,7 +191,8 @@ async def browser(folder: Path) -> AsyncIterator[Page]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
-        await drained
+        if drained is not None:
+            await drained
 
 
 async def _drain(stream: asyncio.StreamReader) -> None:
