@@ -145,7 +145,7 @@ class RayExecutor(Executor):
             self._serving = False
 
     async def _crew_for(self, model: Model | str | Callable[[], Model]) -> RayCrew:
-        if self._crew is not None and (self._served is not model or not self._crew.usable):
+        if self._crew is not None and not (self._crew.usable and self._served is model):
             await self._dismiss()
         if self._crew is None:
             self._served = model

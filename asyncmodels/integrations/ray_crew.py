@@ -21,7 +21,7 @@ import ray
 from asyncmodels.batch.executor import Answering
 from asyncmodels.batch.link_counts import LinkCounts, summed
 from asyncmodels.calls import with_images
-from asyncmodels.errors import ConfigurationError, RunError, WorkerDiedError
+from asyncmodels.errors import ConfigurationError, EventLoopError, RunError, WorkerDiedError
 from asyncmodels.integrations.ray_failures import because, in_short, no_place, none_left, start_failed
 from asyncmodels.integrations.ray_travel import packed_requests, unpacked_answer, unpacked_error
 from asyncmodels.integrations.ray_worker import PACE, Answers, Where, Worker, release
@@ -166,8 +166,10 @@ class RayCrew(Answering):
 
     @property
     def usable(self) -> bool:
-        """Whether another run can go on with it, on the loop that runs now."""
-        return self._failure is None and self._loop is asyncio.get_running_loop()
+        """Whether another run can go on with it. Raises EventLoopError on another loop than its own."""
+        if self._loop is not asyncio.get_running_loop():
+            raise EventLoopError("This RayExecutor was entered on another event loop; its runs must go on there.")
+        return self._failure is None
 
     async def clear(self) -> None:
         """Ends what is under way on the workers, which stay."""
@@ -177,7 +179,11 @@ class RayCrew(Answering):
             member.held.clear()
         first = next(self._numbers)
         # One that has died is noticed by its _serve.
-        await asyncio.gather(*(_call(member.actor.clear, first) for member in busy), return_exceptions=True)
+        clearing = asyncio.gather(*(_call(member.actor.clear, first) for member in busy), return_exceptions=True)
+        try:
+            await asyncio.wait_for(clearing, _GRACE)
+        except TimeoutError:
+            self._fail(RunError("A worker goes on with requests that were cancelled."))
 
     async def aclose(self) -> None:
         """Ends everything, and the workers' processes."""
@@ -264,8 +270,11 @@ class RayCrew(Answering):
             job.answer.set_result(because(WorkerDiedError, text, error))
         self._sent_again += len(again)
         self._line.extendleft(reversed(again))
-        if member.given and ray.is_initialized():
-            self._hire()
+        try:
+            if member.given and ray.is_initialized():  # else it would start another cluster
+                self._hire()
+        except Exception as failure:
+            error = failure
         self._consider(error)
 
     def _consider(self, error: Exception | None = None) -> None:

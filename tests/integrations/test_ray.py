@@ -19,6 +19,7 @@ from asyncmodels.callable import CallableModel
 from asyncmodels.errors import (
     AsyncModelsError,
     ConfigurationError,
+    EventLoopError,
     InvalidRequestError,
     MissingKeyError,
     RateLimitError,
@@ -354,3 +355,29 @@ async def test_those_who_find_no_place_are_not_waited_for() -> None:
     assert all(item.ok for item in items)
     assert counted is not None
     assert (len(counted.workers), counted.starting) == (2, 1)
+
+
+async def test_an_executor_that_was_entered_on_another_loop() -> None:
+    """Its workers belong to that loop, and a run elsewhere says so."""
+    model = echo()
+    async with RayExecutor(workers=1) as executor:
+        await model.map(["a"], executor=executor).results()
+        with pytest.raises(EventLoopError, match="entered on another event loop"):
+            await asyncio.to_thread(lambda: model.sync.map(["b"], executor=executor).results())
+
+
+@pytest.mark.model
+async def test_a_local_engine_on_a_worker(tmp_path: Path) -> None:
+    """The worker loads the model and answers as an engine here does; nothing is loaded here."""
+    from asyncmodels.local.transformers import TransformersModel
+    from tests.local.on_torch.tiny_llama import build_tiny_model
+
+    folder = build_tiny_model(tmp_path / "model")
+    settings: dict[str, Any] = {"max_tokens": 8, "temperature": 0}
+    async with TransformersModel(str(folder)) as here:
+        expected = [str(item.unwrap()) for item in await here.map(["one", "two"], **settings).results()]
+    there = TransformersModel(str(folder))
+    items = await there.map(["one", "two"], executor=RayExecutor(workers=1), **settings).results()
+    assert [str(item.unwrap()) for item in items] == expected
+    assert there.statistics().completed == 0
+    await there.aclose()
