@@ -273,7 +273,7 @@ async def test_what_was_thought_comes_back_with_the_next_request() -> None:
     backend, model = scripted(first, "Done.")
     question = ChatMessageUser(content="Go")
     output = await model.generate([question], tools=[ADD])
-    reasoning, _ = output.message.content
+    reasoning = output.message.content[0]
     assert isinstance(reasoning, ContentReasoning)
     assert reasoning.reasoning == "Hm."
     logged = ChatMessageAssistant.model_validate_json(output.message.model_dump_json())
@@ -300,7 +300,7 @@ async def test_reasoning_history_none_takes_the_thoughts_away() -> None:
     """inspect_ai's own setting drops the reasoning, and with it all that belongs to it."""
     backend, model = scripted(Response(content="Yes.", reasoning="Hm.", extra={"reasoning_details": [1]}), "Done.")
     output = await model.generate("Go")
-    conversation = [ChatMessageUser(content="Go"), output.message, ChatMessageUser(content="On")]
+    conversation: list[ChatMessage] = [ChatMessageUser(content="Go"), output.message, ChatMessageUser(content="On")]
     await model.generate(conversation, config=GenerateConfig(reasoning_history="none"))
     assert backend.requests[1].messages[1] == Message("assistant", "Yes.")
 
