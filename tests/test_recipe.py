@@ -7,7 +7,7 @@ from typing import Any
 
 from asyncmodels.callable import CallableModel
 from asyncmodels.model import Model
-from asyncmodels.recipe import Reproducible, constructor_arguments
+from asyncmodels.recipe import Reproducible, constructor_arguments, made_with
 from asyncmodels.testing import ScriptedBackend
 
 
@@ -51,3 +51,11 @@ def test_what_is_remembered_shows_nowhere() -> None:
     del thing.name
     assert "sk-secret" not in repr(vars(thing))
     assert constructor_arguments(thing)["colour"] == "sk-secret"
+
+
+def test_another_can_be_made_as_the_first_was() -> None:
+    """The arguments come back as they were given, by place and by name."""
+    first = Thing("a", 2, weight=3)
+    args, kwargs = made_with(first)
+    assert (args, kwargs) == (("a", 2), {"weight": 3})
+    assert constructor_arguments(Thing(*args, **kwargs)) == constructor_arguments(first)

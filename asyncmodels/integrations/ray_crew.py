@@ -32,6 +32,8 @@ __all__ = ["RayCrew", "RayStatistics", "WorkerStatistics"]
 
 logger = logging.getLogger(__name__)
 
+_Actor: Any = ray.remote(Worker)
+
 _SENT_MOST = 2
 """How often one request is sent to a worker at most."""
 _GRACE = 10.0
@@ -124,6 +126,8 @@ class RayCrew(Answering):
         self._due = 0.0
         self._sending: asyncio.TimerHandle | None = None
         self._died = self._sent_again = 0
+        self._reason: Exception | None = None
+        """Why the last worker was lost."""
         self._stored: Any = None
 
     # -- for the run --------------------------------------------------------------------------------------------------
@@ -220,7 +224,7 @@ class RayCrew(Answering):
             self._fail(because(ConfigurationError, "Ray cannot start the workers", error))
 
     def _hire(self) -> None:
-        member = _Member(ray.remote(Worker).options(**self._options).remote())
+        member = _Member(_Actor.options(**self._options).remote())
         member.alarm = self._loop.call_later(self._patience, self._overdue, member)
         member.serving = asyncio.create_task(self._serve(member))
         self._members.append(member)
@@ -270,18 +274,20 @@ class RayCrew(Answering):
             job.answer.set_result(because(WorkerDiedError, text, error))
         self._sent_again += len(again)
         self._line.extendleft(reversed(again))
+        self._reason = error
         try:
             if member.given and ray.is_initialized():  # else it would start another cluster
                 self._hire()
         except Exception as failure:
-            error = failure
-        self._consider(error)
+            self._reason = failure
+        self._consider()
 
-    def _consider(self, error: Exception | None = None) -> None:
+    def _consider(self) -> None:
         """Begins when all workers that can be had are ready, and gives up where none is, and none is coming."""
         ready, coming = (any(getattr(member, name) for member in self._members) for name in ("ready", "coming"))
         if not ready and not coming:
-            self._fail(no_place(self._options, self._patience) if error is None else none_left(error))
+            reason = self._reason or no_place(self._options, self._patience)
+            self._fail(none_left(reason) if self._begun else reason)
         elif self._begun or not coming:
             self._begun = True
             self._send_soon()
