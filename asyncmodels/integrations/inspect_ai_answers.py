@@ -197,7 +197,7 @@ def call_of(model: str, request: Request, responses: Sequence[Response]) -> Mode
         response.raw if type(response.raw) is dict else _answer(response) for response in responses
     ]
     answer: dict[str, Any] = answers[0] if len(answers) == 1 else {"choices": answers}
-    asked, seconds = logged(model, request), max(map(_service, responses))
+    asked, seconds = _logged(model, request), max(map(_service, responses))
     try:
         return ModelCall(request=asked, response=answer, time=seconds)
     except (ValidationError, RecursionError):  # a provider's own object is not always JSON
@@ -215,7 +215,7 @@ def failed_call(model: str, request: Request | None, error: AsyncModelsError) ->
             "request_id": error.request_id,
         }
     }
-    call = ModelCall.create({"model": model} if request is None else logged(model, request), told)
+    call = ModelCall.create({"model": model} if request is None else _logged(model, request), told)
     if "error" in ModelCall.model_fields:  # newer versions only
         call.error = True
     return call
@@ -251,7 +251,7 @@ _LOGGED = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "freq
            "logprobs", "tool_choice")  # fmt: skip
 
 
-def logged(model: str, request: Request) -> dict[str, Any]:
+def _logged(model: str, request: Request) -> dict[str, Any]:
     """The request as a log shows it, in the words of OpenAI's API where it has some; images are left out."""
     shown: dict[str, Any] = {"model": model, "messages": [_logged_message(message) for message in request.messages]}
     for name in _LOGGED:

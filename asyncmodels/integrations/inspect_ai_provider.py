@@ -18,6 +18,7 @@ from tenacity import RetryCallState
 from tenacity.wait import wait_base
 
 from asyncmodels.backend import links
+from asyncmodels.calls import require_asyncio
 from asyncmodels.errors import (
     AsyncModelsError,
     AuthenticationError,
@@ -153,6 +154,7 @@ class AsyncModelsAPI(ModelAPI):
         tool_choice: ToolChoice,
         config: GenerateConfig,
     ) -> ModelOutput | tuple[ModelOutput | Exception, ModelCall]:
+        require_asyncio()
         if self._own_retries and config.adaptive_connections is None:
             widen_gate(self._room)
         name = self.service_model_name()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from contextlib import suppress
 from typing import NamedTuple
+from weakref import WeakSet
 
 from rich.markup import escape
 
@@ -45,15 +46,17 @@ def current_sample() -> Sample | None:
     return Sample(str(getattr(state, "uuid", "") or state.sample_id), int(getattr(state, "epoch", 1)))
 
 
-def widen_gate(room: int) -> bool:
+def widen_gate(room: int) -> None:
     """Lets inspect_ai's adaptive limit for the running call's model be ``room`` from now on.
 
     It begins with 20, learns only from errors that it sees, and never goes above 100: under a model that finds its own
-    limit and sees to its own retries it would only be a second throttle. False where there is no such limit.
+    limit and sees to its own retries it would only be a second throttle. It is widened once: what ``inspect ctl`` makes
+    of it later stays.
     """
     controller = None if _active_controller is None else _active_controller.get()
-    if controller is None:
-        return False
+    if controller is None or controller in _widened:
+        return
+    _widened.add(controller)
     try:
         if controller.max < room:
             controller.set_max(room)
@@ -65,7 +68,9 @@ def widen_gate(room: int) -> bool:
             getattr(controller, "concurrency", "some"),
             room,
         )
-    return True
+
+
+_widened: WeakSet[object] = WeakSet()
 
 
 def keys_are_replaced() -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from inspect_ai.hooks import ApiKeyOverride, Hooks, hooks
 from inspect_ai.model import ChatMessageUser, GenerateConfig, ModelOutput, get_model
 from inspect_ai.scorer import includes
 from inspect_ai.solver import Generate, Solver, TaskState, generate, solver, use_tools
 from inspect_ai.tool import Tool, tool
+from inspect_ai.util._concurrency import adaptive_controllers
 
 from asyncmodels.backend import Backend
 from asyncmodels.errors import ConfigurationError, EventLoopError, InvalidRequestError, RateLimitError
@@ -151,6 +153,26 @@ def test_a_limit_that_is_asked_for_holds(settings: dict[str, int], server: Serve
     assert place.seen().peak <= 3
 
 
+def test_a_limit_that_is_changed_in_the_middle_stays(tmp_path: Path) -> None:
+    """What ``inspect ctl`` does to the limit of a running evaluation is not undone by the next call."""
+    limits: list[int] = []
+
+    @solver
+    def throttled() -> Solver:
+        async def solve(state: TaskState, generate: Generate) -> TaskState:
+            for _ in range(2):
+                state = await generate(state)
+                [controller] = adaptive_controllers()
+                limits.append(controller.concurrency)
+                controller.set_max(5)
+            return state
+
+        return solve
+
+    evaluated(task_of(1, solver=throttled()), scripted("Hello", "Hello")[1], tmp_path)
+    assert limits == [1000, 5]
+
+
 def test_a_model_with_a_limit_of_its_own_tells_inspect() -> None:
     """More calls in flight than the model lets through would only wait in another line."""
     assert inspect_model(Model(ScriptedBackend("x"))).api.max_connections() == 1000
@@ -232,6 +254,41 @@ def at_model(retries: str) -> Any:
     return get_model("asyncmodels/openai/m", api_key="k", memoize=False, retries=retries).api
 
 
+class Keys(Hooks):
+    """Gives out one key after the other, where a test has given it some."""
+
+    keys: ClassVar[list[str]] = []
+
+    def enabled(self) -> bool:
+        return bool(self.keys)
+
+    def override_api_key(self, data: ApiKeyOverride) -> str | None:
+        return self.keys.pop(0) if len(self.keys) > 1 else self.keys[0]
+
+
+hooks(name="test_keys", description="Keys for tests.")(Keys)
+
+
+def no_pause() -> Any:
+    return lambda _state: 0.0
+
+
+def test_a_key_that_was_replaced_is_used_from_the_next_attempt_on(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks of inspect_ai may bring a new key after a 401; the model, with all that it has learned, stays the same."""
+    place = server.script(Answer(status=401), Answer())
+    monkeypatch.setattr(Keys, "keys", ["first-key", "second-key"])
+    model = at_place(place)
+    ours = api_of(model).model
+    monkeypatch.setattr(api_of(model), "retry_wait", no_pause)
+    log = evaluated(task_of(1), model, tmp_path)
+    assert log.status == "success"
+    sent = [request.header("authorization") for request in place.seen().requests]
+    assert sent == ["Bearer first-key", "Bearer second-key"]
+    assert api_of(model).model is ours
+
+
 # -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
@@ -285,11 +342,13 @@ def test_attempts_that_hang_are_ended_by_our_own_parameter(server: Server, tmp_p
     assert len(events_of(log)) == 1
 
 
-def test_inspects_attempt_timeout_cancels_and_gives_back(server: Server, tmp_path: Path) -> None:
+def test_inspects_attempt_timeout_cancels_and_gives_back(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """--attempt-timeout ends a whole call of ours, whose connection is closed, and begins another."""
     place = server.script(Answer(fault="hang"), Answer())
     model = at_place(place, retries="inspect")
-    api_of(model).retry_wait = lambda: lambda _state: 0.0  # type: ignore[method-assign, assignment, return-value]  # no pause
+    monkeypatch.setattr(api_of(model), "retry_wait", no_pause)
     log = evaluated(task_of(1), model, tmp_path, attempt_timeout=1)
     assert log.status == "success"
     assert len(events_of(log)) == 2
