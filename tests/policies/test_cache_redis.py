@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import shutil
 import socket
-import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -21,69 +16,15 @@ from asyncmodels.policies.cache_store import StoreError
 from asyncmodels.policies.cached_answer import Entry
 from asyncmodels.testing import ScriptedBackend
 from asyncmodels.types import Message, Request
+from tests.policies.redis_server import PASSWORD, RedisServer, needs_server
 
 redis = pytest.importorskip("redis", reason="the redis package is not installed")
 from asyncmodels.policies.redis_store import RedisStore  # noqa: E402  # it needs the package above
 
-PASSWORD = "a-secret-password"
-REDIS = shutil.which("redis-server")
-needs_server = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed")
-
-
-@dataclass
-class RedisServer:
-    """A Redis server of the tests' own, that can be stopped and started again."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0"
-
-    def start(self) -> None:
-        assert REDIS is not None
-        options = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": "", "requirepass": PASSWORD}
-        arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        self.process = subprocess.Popen([REDIS, *arguments], stdout=subprocess.DEVNULL)
-        for _ in range(500):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.02)
-        raise AssertionError("redis-server did not start")
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"), free_port())
-    server.start()
-    yield server
-    server.stop()
-
 
 @pytest.fixture
-def server(shared_server: RedisServer) -> RedisServer:
-    if shared_server.process is None:
-        shared_server.start()
-    return shared_server
-
-
-@pytest.fixture
-async def store(server: RedisServer, prefix: str) -> AsyncIterator[RedisStore]:
-    async with RedisStore(server.url, prefix=prefix) as store:
+async def store(redis_server: RedisServer, prefix: str) -> AsyncIterator[RedisStore]:
+    async with RedisStore(redis_server.url, prefix=prefix) as store:
         yield store
 
 
@@ -105,9 +46,9 @@ def ask(text: str = "Hi") -> Request:
 
 
 @needs_server
-async def test_what_was_put_is_found_by_all(server: RedisServer, store: RedisStore, prefix: str) -> None:
+async def test_what_was_put_is_found_by_all(redis_server: RedisServer, store: RedisStore, prefix: str) -> None:
     """Two stores on one server share entries, and other prefixes see none of them."""
-    async with RedisStore(server.url, prefix=prefix) as twin, RedisStore(server.url) as other:
+    async with RedisStore(redis_server.url, prefix=prefix) as twin, RedisStore(redis_server.url) as other:
         assert await store.get(key(1)) is None
         await store.put(key(1), entry("one"))
         await store.put(key(2), entry("two"))
@@ -122,7 +63,7 @@ async def test_what_was_put_is_found_by_all(server: RedisServer, store: RedisSto
 
 
 @needs_server
-async def test_a_cache_works_on_it(server: RedisServer, store: RedisStore) -> None:
+async def test_a_cache_works_on_it(redis_server: RedisServer, store: RedisStore) -> None:
     """The second of two processes' caches is served by the first one's answer, and explains what it lacks."""
     assert str(await Cache(ScriptedBackend("one"), store=store).generate(ask())) == "one"
 
@@ -134,9 +75,12 @@ async def test_a_cache_works_on_it(server: RedisServer, store: RedisStore) -> No
 
 
 @needs_server
-async def test_entries_expire_on_the_server(server: RedisServer) -> None:
+async def test_entries_expire_on_the_server(redis_server: RedisServer) -> None:
     """``expire`` is handed to the server, in seconds; without it entries stay."""
-    async with RedisStore(server.url, expire=0.05) as store, RedisStore(server.url, prefix="stays:") as stays:
+    async with (
+        RedisStore(redis_server.url, expire=0.05) as store,
+        RedisStore(redis_server.url, prefix="stays:") as stays,
+    ):
         for each in (store, stays):
             await each.put(key(1), entry())
             await each.flush()
@@ -147,9 +91,9 @@ async def test_entries_expire_on_the_server(server: RedisServer) -> None:
 
 
 @needs_server
-async def test_a_foreign_value_is_a_miss(server: RedisServer, store: RedisStore, prefix: str) -> None:
+async def test_a_foreign_value_is_a_miss(redis_server: RedisServer, store: RedisStore, prefix: str) -> None:
     """What somebody else has written under the name of an entry is no answer, of whatever kind it is."""
-    with redis.Redis.from_url(server.url) as client:
+    with redis.Redis.from_url(redis_server.url) as client:
         client.set(prefix.encode() + key(1), b"something else")
         client.rpush(prefix.encode() + key(2), b"a list")
     assert await store.get(key(1)) is None
@@ -157,11 +101,11 @@ async def test_a_foreign_value_is_a_miss(server: RedisServer, store: RedisStore,
 
 
 @needs_server
-async def test_a_server_that_is_away_fails_no_call(server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_server_that_is_away_fails_no_call(redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     """Calls go to the model while the server is down, the log says so without the password, and hits come back with
     the server."""
     numbers = iter("1234567")
-    store = RedisStore(server.url, timeout=5)
+    store = RedisStore(redis_server.url, timeout=5)
     cache = Cache(ScriptedBackend(lambda _: next(numbers), repeat=True), store=store)
 
     async def twice() -> list[str]:
@@ -173,11 +117,11 @@ async def test_a_server_that_is_away_fails_no_call(server: RedisServer, caplog: 
 
     async with store:
         assert await twice() == ["1", "1"]
-        server.stop()
+        redis_server.stop()
         with caplog.at_level(logging.WARNING):
             assert await twice() == ["2", "3"]
         assert (cache.statistics().errors, store.statistics().failed) == (2, 2)
-        server.start()
+        redis_server.start()
         assert await twice() == ["4", "4"]
     assert "failed" in caplog.text
     shown = f"{caplog.text}{store!r}{vars(store)!r}{cache!r}{cache.statistics()}"
@@ -214,9 +158,9 @@ async def test_many_at_a_time_and_cancelled_ones(store: RedisStore) -> None:
 
 
 @needs_server
-def test_one_store_serves_several_loops(server: RedisServer) -> None:
+def test_one_store_serves_several_loops(redis_server: RedisServer) -> None:
     """Nothing of a store belongs to an event loop: it is used in one after the other, and closed in the last."""
-    store = RedisStore(server.url, prefix="loops:")
+    store = RedisStore(redis_server.url, prefix="loops:")
 
     async def use() -> None:
         await store.put(key(1), entry())

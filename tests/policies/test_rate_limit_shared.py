@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -30,66 +28,14 @@ from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.recipe import constructor_arguments
 from asyncmodels.testing import FakeClock, ScriptedBackend
 from asyncmodels.types import Allowance, Message, RateLimits, Request, Response, Usage
+from tests.policies.redis_server import PASSWORD, RedisServer, needs_server
 
 redis = pytest.importorskip("redis", reason="the redis package is not installed")
 from asyncmodels.policies.limit_redis import RedisLimitStore  # noqa: E402  # it needs the package above
 
-PASSWORD = "a-secret-password"
-REDIS = shutil.which("redis-server")
-needs_server = pytest.mark.skipif(REDIS is None, reason="redis-server is not installed")
 NONE: Limits = (None, None, None, None)
 ONE: Amounts = (1.0, 0.0, 0.0, 0.0)
 SIXTY: Limits = (60.0, None, None, None)
-
-
-@dataclass
-class RedisServer:
-    """A Redis server of the tests' own, that can be stopped and started again."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://:{PASSWORD}@127.0.0.1:{self.port}/0"
-
-    def start(self) -> None:
-        assert REDIS is not None
-        options = {"port": self.port, "bind": "127.0.0.1", "dir": self.folder, "save": "", "requirepass": PASSWORD}
-        arguments = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        self.process = subprocess.Popen([REDIS, *arguments], stdout=subprocess.DEVNULL)
-        for _ in range(500):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            time.sleep(0.02)
-        raise AssertionError("redis-server did not start")
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
-@pytest.fixture(scope="module")
-def one_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    if REDIS is None:
-        pytest.skip("redis-server is not installed")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = int(listener.getsockname()[1])
-    server = RedisServer(tmp_path_factory.mktemp("redis"), port)
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture
-def server(one_server: RedisServer) -> RedisServer:
-    if one_server.process is None:
-        one_server.start()
-    return one_server
 
 
 @pytest.fixture(params=["redis", "sqlite"])
@@ -97,7 +43,7 @@ def shared(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """What names one store, new for each test."""
     if request.param == "sqlite":
         return str(tmp_path / "limits.sqlite")
-    return f"{request.getfixturevalue('server').url}#{tmp_path.name}"
+    return f"{request.getfixturevalue('redis_server').url}#{tmp_path.name}"
 
 
 def ask(text: str = "Hi", **fields: Any) -> Request:
@@ -241,13 +187,13 @@ async def test_a_loop_may_end_in_the_middle(shared: str) -> None:
 
 
 @needs_server
-async def test_a_server_that_is_killed_fails_calls_and_comes_back(server: RedisServer, tmp_path: Path) -> None:
+async def test_a_server_that_is_killed_fails_calls_and_comes_back(redis_server: RedisServer, tmp_path: Path) -> None:
     """While it is away each call fails with a typed error that shows no password; then they go on."""
-    async with limited(f"{server.url}#{tmp_path.name}", requests_per_minute=60_000) as policy:
+    async with limited(f"{redis_server.url}#{tmp_path.name}", requests_per_minute=60_000) as policy:
         await policy.generate(ask())
         running = [asyncio.create_task(policy.generate(ask())) for _ in range(500)]
         await asyncio.sleep(0.05)
-        server.stop()
+        redis_server.stop()
         ends = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(end, Response | LimitStoreError) for end in ends)
         with pytest.raises(LimitStoreError) as failed:
@@ -257,23 +203,23 @@ async def test_a_server_that_is_killed_fails_calls_and_comes_back(server: RedisS
         assert PASSWORD not in f"{failed.value!r} {policy!r} {policy.statistics()} {vars(policy)} {ends!r}"
         assert PASSWORD not in repr(constructor_arguments(policy))
         assert policy.statistics().store_errors > 0
-        server.start()
+        redis_server.start()
         async with asyncio.timeout(20):
             assert str(await policy.generate(ask())) == "x"
 
 
 @needs_server
-async def test_a_bucket_of_ones_own_stands_in(server: RedisServer, tmp_path: Path) -> None:
+async def test_a_bucket_of_ones_own_stands_in(redis_server: RedisServer, tmp_path: Path) -> None:
     """With ``on_store_error="local"`` calls go on while the server is away, at the pace of the limit."""
-    shared = f"{server.url}#{tmp_path.name}"
+    shared = f"{redis_server.url}#{tmp_path.name}"
     async with limited(shared, requests_per_minute=6000, on_store_error="local") as policy:
-        server.stop()
+        redis_server.stop()
         started = time.monotonic()
         async with asyncio.timeout(30):
             await asyncio.gather(*(policy.generate(ask()) for _ in range(50)))
         assert time.monotonic() - started > 0.3
         assert policy.statistics().store_errors > 0
-        server.start()
+        redis_server.start()
 
 
 async def test_a_server_that_hangs_has_failed_after_the_timeout() -> None:
@@ -289,17 +235,17 @@ async def test_a_server_that_hangs_has_failed_after_the_timeout() -> None:
 
 
 @needs_server
-async def test_what_stands_there_and_is_not_ours(server: RedisServer, tmp_path: Path) -> None:
+async def test_what_stands_there_and_is_not_ours(redis_server: RedisServer, tmp_path: Path) -> None:
     """A string that is no bucket is written over; a list is an error that says so; a flushed script is sent again."""
     name = tmp_path.name
-    with redis.Redis.from_url(server.url) as client:
+    with redis.Redis.from_url(redis_server.url) as client:
         client.set(f"asyncmodels:limit:{name}", "something else")
         client.rpush(f"asyncmodels:limit:{name} list", "a")
         async with limited(client, ScriptedBackend("x", repeat=True, model=name), requests_per_minute=6e5) as policy:
             await policy.generate(ask())
             client.script_flush()
             await policy.generate(ask())
-        async with limited(f"{server.url}#{name}", requests_per_minute=60) as policy:
+        async with limited(f"{redis_server.url}#{name}", requests_per_minute=60) as policy:
             await policy.generate(ask())
         async with limited(RedisLimitStore(client, name=f"{name} list"), requests_per_minute=60) as policy:
             with pytest.raises(LimitStoreError, match="WRONGTYPE"):
@@ -327,10 +273,12 @@ some_limits = st.tuples(maybe, maybe, maybe, maybe)
         max_size=8,
     ),
 )
-def test_the_script_does_what_the_bucket_does(one_server: RedisServer, given_limits: Limits, steps: list[Any]) -> None:
+def test_the_script_does_what_the_bucket_does(
+    one_redis_server: RedisServer, given_limits: Limits, steps: list[Any]
+) -> None:
     """Whatever is asked, and however the clock jumps, the server's script and the bucket answer the same."""
-    store = RedisLimitStore(one_server.url, name="twin")
-    with redis.Redis.from_url(one_server.url) as client:
+    store = RedisLimitStore(one_redis_server.url, name="twin")
+    with redis.Redis.from_url(one_redis_server.url) as client:
         client.delete("asyncmodels:limit:twin")
     now = 1_795_352_400.123456
     bucket = Bucket(now, given_limits)
