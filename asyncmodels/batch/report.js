@@ -1,96 +1,14 @@
 "use strict";
-// The table of a report. Only what can be seen is in the document; the data stays packed until it is looked at. Texts
-// become text nodes and nothing else, whatever they say.
+// The table of a report. Only what can be seen is in the document. Texts become text nodes and nothing else, whatever
+// they say.
 (() => {
-  const HEIGHT = 34, BEYOND = 5, KEPT = 48, SLICE = 8, AHEAD = 3;
+  const HEIGHT = 34, BEYOND = 5, SLICE = 8, AHEAD = 3;
+  const { names, pieces, columns, total, readColumns, unpacked, pieceOf, loaded, rowNow } = report;
+  const { says, contentText, callTexts, messagesOf, messageText, lastAsked, answerText } = report;
   const byId = (id) => document.getElementById(id);
   const [grid, space, query, where, outcome, finish, details, tip] =
     ["grid", "rows", "query", "where", "outcome", "finish", "details", "tip"].map(byId);
-  const names = JSON.parse(byId("names").textContent);
   const numbers = new Intl.NumberFormat("en");
-
-  // -- data --------------------------------------------------------------------------------------------------------
-
-  const unpacked = (script) => {
-    const text = atob(script.textContent), bytes = new Uint8Array(text.length);
-    for (let at = 0; at < text.length; at++) bytes[at] = text.charCodeAt(at);
-    return new Response(new Response(bytes).body.pipeThrough(new DecompressionStream("gzip")));
-  };
-
-  let total = 0;
-  const pieces = [...document.querySelectorAll("script.rows")].map((script) => {
-    const piece = { script, start: total, count: Number(script.dataset.count) };
-    total += piece.count;
-    return piece;
-  });
-  const columns = {};
-  const kept = new Map(); // the pieces that were looked at last
-
-  const pieceOf = (row) => {
-    let low = 0, high = pieces.length - 1;
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (pieces[middle].start <= row) low = middle; else high = middle - 1;
-    }
-    return pieces[low];
-  };
-
-  const loaded = (piece) => {
-    let rows = kept.get(piece);
-    if (rows === undefined) {
-      rows = unpacked(piece.script).json().then((found) => (piece.rows = found));
-      if (kept.size >= KEPT) {
-        const [oldest] = kept.keys();
-        kept.delete(oldest);
-        oldest.rows = undefined;
-      }
-    }
-    kept.delete(piece);
-    kept.set(piece, rows);
-    return rows;
-  };
-
-  const rowNow = (row) => {
-    const piece = pieceOf(row);
-    return piece.rows && piece.rows[row - piece.start];
-  };
-
-  // -- what a row says ---------------------------------------------------------------------------------------------
-
-  const image = (part) => {
-    const kind = part.media_type || "image", digest = /^\u0000bytes (\w+)/.exec(part.data || "");
-    return `[${kind}${digest ? `, sha256 ${digest[1].slice(0, 12)}…` : ""}${part.url ? `, ${part.url}` : ""}]`;
-  };
-  const partText = (part) =>
-    !(part instanceof Object) ? String(part) : part.type === "text" ? String(part.text) : part.type === "image" ? image(part)
-      : JSON.stringify(part.value === undefined ? part : part.value);
-  const contentText = (content) =>
-    content == null ? "" : Array.isArray(content) ? content.map(partText).join("\n") : String(content);
-  const callText = (call) => {
-    const [name, given] = Array.isArray(call) ? [call[1], call[2]] : [call?.name, call?.arguments];
-    return `${name}(${typeof given === "string" ? given : JSON.stringify(given)})`;
-  };
-  const callTexts = (calls) => (Array.isArray(calls) ? calls.map(callText) : []);
-  const messagesOf = (question) =>
-    question && Array.isArray(question.messages) ? question.messages.filter((each) => each instanceof Object) : [];
-  const messageText = (message) =>
-    [message.reasoning, contentText(message.content), ...callTexts(message.tool_calls)].filter(Boolean).join("\n");
-  const lastAsked = (question) => {
-    const messages = messagesOf(question);
-    return messageText(messages.findLast((message) => message.role === "user") || messages.at(-1) || {});
-  };
-  const answerText = (answer) =>
-    answer ? [contentText(answer.content), ...callTexts(answer.tool_calls)].filter(Boolean).join("\n") : "";
-
-  const texts = {
-    prompt: ([, question]) => messagesOf(question).map(messageText).join("\n"),
-    answer: ([, , answer]) => (answer ? `${answer.reasoning || ""}\n${answerText(answer)}` : ""),
-    error: ([, , , error]) => String(error || ""),
-    id: ([id]) => id,
-  };
-  const says = (row, words, place) =>
-    place ? texts[place](row).toLowerCase().includes(words)
-      : Object.values(texts).some((text) => text(row).toLowerCase().includes(words));
 
   const time = (seconds) =>
     seconds == null || Number.isNaN(seconds) ? "" : seconds < 0.9995 ? `${Number((seconds * 1000).toPrecision(3))} ms`
@@ -445,10 +363,7 @@
       byId("found").textContent = "This browser is too old to unpack the table.";
       return;
     }
-    const values = new DataView(await unpacked(byId("columns")).arrayBuffer());
-    names.columns.forEach((name, number) => {
-      columns[name] = Float32Array.from({ length: total }, (_, row) => values.getFloat32(4 * (number * total + row), true));
-    });
+    await readColumns();
     const tally = (column) => {
       const counts = new Map();
       for (const value of column) counts.set(value, (counts.get(value) || 0) + 1);

@@ -26,7 +26,7 @@ __all__ = ["begin_page", "end_page"]
 
 def begin_page(name: str, summary: Summary, rows: Rows, written: float) -> str:
     """All of the page before its data. ``name`` is that of the journal, ``written`` when the page was."""
-    style, script = _asset("report.css"), _asset("report.js")
+    style, script = _asset("report.css"), _script()
     policy = (
         f"default-src 'none'; script-src '{_digest(script)}'; style-src '{_digest(style)}'; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -50,10 +50,14 @@ def end_page(rows: Rows) -> str:
     """All of it after its data."""
     names = json.dumps({"columns": COLUMNS, "errors": list(rows.errors), "finishes": list(rows.finishes)})
     harmless = names.replace("<", "\\u003c")  # whatever an error is called, it ends no script
-    script = _asset("report.js")
     return (
-        f'<script type="application/json" id="names">{harmless}</script>\n<script>{script}</script>\n</body>\n</html>\n'
+        f'<script type="application/json" id="names">{harmless}</script>\n<script>{_script()}</script>\n'
+        "</body>\n</html>\n"
     )
+
+
+def _script() -> str:
+    return _asset("report_data.js") + _asset("report.js")
 
 
 def _asset(name: str) -> str:
