@@ -15,6 +15,7 @@ requests a minute holds for all workers together where it is kept on a Redis ser
 
 import argparse
 import asyncio
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -43,7 +44,7 @@ async def main() -> None:
     params: dict[str, Any] = {}
     if given.rpm is not None:
         limit = partial(asyncmodels.RateLimit, requests_per_minute=given.rpm, shared=given.redis)
-        params["policies"] = [asyncmodels.Retry, asyncmodels.Concurrency, limit]
+        params["policies"] = [asyncmodels.Retry, partial(asyncmodels.Concurrency, limit="auto", park=True), limit]
     model = asyncmodels.load(given.model, **params)
     executor = RayExecutor(workers=given.workers, num_gpus=given.gpus)
 
@@ -58,4 +59,7 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except asyncmodels.ConfigurationError as error:
+        sys.exit(str(error))
