@@ -12,6 +12,7 @@ from asyncmodels.errors import ConfigurationError
 from asyncmodels.model import Model
 from asyncmodels.remote.chain import RemoteParameters, remote_chain, split
 from asyncmodels.remote.chat import ChatBackend
+from asyncmodels.remote.completions import CompletionsBackend, completions_capabilities
 from asyncmodels.remote.endpoint import APIKey, Endpoint
 from asyncmodels.remote.openai_batches import OpenAIBatches
 from asyncmodels.remote.openai_client import configure
@@ -25,8 +26,8 @@ from asyncmodels.roles import checked_conversions
 
 __all__ = ["OpenAIBackend", "OpenAIModel", "OpenAIResponsesBackend", "OpenAIServerModel"]
 
-API = Literal["chat", "responses"]
-_PATHS: Mapping[API, str] = {"chat": "/chat/completions", "responses": "/responses"}
+API = Literal["chat", "responses", "completions"]
+_PATHS: Mapping[API, str] = {"chat": "/chat/completions", "responses": "/responses", "completions": "/completions"}
 
 
 class OpenAIModel(Model):
@@ -38,7 +39,9 @@ class OpenAIModel(Model):
         model = OpenAIModel("my-model", api_base="http://localhost:8000/v1", api_key="none")
 
     ``api`` is ``"chat"`` for chat completions or ``"responses"`` for the Responses API, which brings back what a model
-    has reasoned: put the response into the next request's messages and it goes back to the model. ``provider`` is the
+    has reasoned: put the response into the next request's messages and it goes back to the model. ``"completions"`` is
+    for servers of base models: the text of the one message is the prompt as it is, and ``score`` works where the server
+    echoes log-probabilities. ``provider`` is the
     scheme of a row that knows the base URL, the key's environment variable and what the provider does not take
     (``asyncmodels models`` lists them). ``quirks`` overrides what is known of the provider and the model, and says it
     where nothing is known.
@@ -103,6 +106,9 @@ class OpenAIModel(Model):
         if api == "responses":
             able = capabilities_of(known, sampling=RESPONSES_SAMPLING)
             backend = OpenAIResponsesBackend(model_id, endpoint, pool=pool, dialect=dialect, capabilities=able)
+        elif api == "completions":
+            able = completions_capabilities(known)
+            backend = CompletionsBackend(model_id, endpoint, pool=pool, dialect=dialect, capabilities=able)
         else:
             able = capabilities_of(known)
             backend = OpenAIBackend(model_id, endpoint, pool=pool, dialect=dialect, capabilities=able)

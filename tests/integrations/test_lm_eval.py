@@ -30,9 +30,14 @@ from asyncmodels.integrations.lm_eval import AsyncModelsLM
 from asyncmodels.integrations.lm_eval_requests import Conversation, generation
 from asyncmodels.model import Model
 from asyncmodels.policies.retry import Retry
+from asyncmodels.remote.openai import OpenAIModel
 from asyncmodels.testing import EVERYTHING, ScriptedBackend
 from asyncmodels.types import Message, Request, Response, TokenLogprob
 from tests.integrations.lm_eval_tasks import DOCS, evaluate, write_tasks
+from tests.local.tiny import build_tokenizer
+from tests.server.handle import Server
+from tests.server.plain_completion import logprob_of
+from tests.server.script import Answer
 
 
 @pytest.fixture
@@ -159,6 +164,44 @@ def test_the_same_at_concurrency_1_and_256(kind: str) -> None:
     requests = [asking(kind, f"prompt {index}", args) for index in range(300)]
     one, many = (getattr(scripted(concurrency=count), kind)(requests, disable_tqdm=True) for count in (1, 256))
     assert one == many
+
+
+def test_a_completions_endpoint(server: Server, tasks: Path) -> None:
+    """Contexts and continuations are sent as texts, and their scores read from what the server echoes."""
+    place = server.script(Answer(content=" x"))
+    model = OpenAIModel("m", api_base=f"{place.url}/v1", api_key="k", api="completions")
+    lm = AsyncModelsLM(model)
+    found = evaluate(lm, tasks, "am_choice", "am_generate", log_samples=True)
+    lm.close()
+
+    sample = found["samples"]["am_choice"][1]
+    assert [float(logprob) for logprob, _ in sample["filtered_resps"]] == [
+        sum(logprob_of(f" {word}") for word in choice.split()) for choice in DOCS[1]["choices"]
+    ]
+    prompts = {request.json()["prompt"] for request in place.seen().requests}
+    assert "Question: What do bees make?\nAnswer: honey" in prompts
+    assert "Question: What do bees make?\nAnswer:" in prompts
+
+
+def test_a_completions_endpoint_in_tokens(server: Server, tmp_path: Path) -> None:
+    """With a tokenizer, tokens are sent, windows of long texts can be scored, and chat templates are applied here."""
+    build_tokenizer().save_pretrained(tmp_path)
+    place = server.script(Answer(content=" x"))
+    model = OpenAIModel("m", api_base=f"{place.url}/v1", api_key="k", api="completions")
+    lm = AsyncModelsLM(model, tokenizer=str(tmp_path), max_length=8)
+    ids = lm.tok_encode("ab c")
+    scored = lm.loglikelihood([asking("loglikelihood", "ab", " c")], disable_tqdm=True)
+    rolled = lm.loglikelihood_rolling([asking("loglikelihood_rolling", "abcdefghijkl")], disable_tqdm=True)
+    chat = lm.apply_chat_template([{"role": "user", "content": "Hi"}])
+    lm.generate_until([asking("generate_until", chat, {})], disable_tqdm=True)
+    lm.close()
+
+    assert scored == [(sum(logprob_of(f" {token}") for token in ids[2:]), False)]
+    assert rolled == [sum(logprob_of(f" {token}") for token in lm.tok_encode("abcdefghijkl"))]
+    prompts = [request.json()["prompt"] for request in place.seen().requests]
+    assert prompts[0] == ids
+    assert max(len(prompt) for prompt in prompts[1:3]) == 9
+    assert prompts[3] == chat == "<|start|>user\nHi<|end|><|start|>assistant\n"
 
 
 # -- caches and errors ------------------------------------------------------------------------------------------------

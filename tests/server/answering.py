@@ -11,7 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from tests.server import completion, converse, responses
+from tests.server import completion, converse, plain_completion, responses
 from tests.server.script import Answer
 
 __all__ = ["Wire", "answer"]
@@ -69,6 +69,8 @@ async def _body(wire: Wire, script: Answer, method: str, path: str, request: dic
         if request.get("stream") is True:
             if responses.is_responses(path):
                 events = responses.events(script, request)
+            elif plain_completion.is_plain(path):
+                events = [f"data: {event}\n\n".encode() for event in plain_completion.events(script, request)]
             else:
                 events = [f"data: {event}\n\n".encode() for event in completion.events(script, request)]
             return await _stream(wire, script, "text/event-stream", events)
@@ -102,6 +104,8 @@ async def _body(wire: Wire, script: Answer, method: str, path: str, request: dic
 def _whole(path: str) -> Callable[[Answer, dict[str, Any]], str]:
     if converse.is_converse(path):
         return converse.whole
+    if plain_completion.is_plain(path):
+        return plain_completion.whole
     return responses.whole if responses.is_responses(path) else completion.whole
 
 
