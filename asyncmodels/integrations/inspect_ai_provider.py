@@ -103,7 +103,7 @@ class AsyncModelsAPI(ModelAPI):
                 raise SetupError(error) from error
         self._responses = _speaks_responses(self.model)
         self._room = _room(self.model)
-        self._place = "|".join([model_name, str(base_url), _digest(self.initial_api_key)])
+        self._place = "|".join([model_name, str(base_url), _digest(api_key)])
 
     # -- making the model ---------------------------------------------------------------------------------------------
 
@@ -119,7 +119,9 @@ class AsyncModelsAPI(ModelAPI):
             if not places:
                 raise ConfigurationError(f"A model of the scheme {row.scheme!r} has no base URL.")
             settings.setdefault(places[0], self.base_url)
-        self._refreshable = bool(self._variables) and _asks_for_keys(row) and keys_are_replaced()
+        # Older versions close the model to bring in a new key, with all that is in flight.
+        in_place = hasattr(ModelAPI, "refresh_credentials")
+        self._refreshable = in_place and bool(self._variables) and _asks_for_keys(row) and keys_are_replaced()
         if self._refreshable:
             settings.setdefault("api_key", self._current_key)
         elif self.api_key is not None:
