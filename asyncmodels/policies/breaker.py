@@ -24,6 +24,7 @@ from asyncmodels.errors import (
 )
 from asyncmodels.policies.chosen_errors import ChosenErrors, chosen
 from asyncmodels.policies.circuit import Circuit, CircuitChange, CircuitState, Ticket
+from asyncmodels.policies.watched_deltas import WatchedDeltas
 from asyncmodels.types import Delta, Request, Response
 
 __all__ = ["Breaker", "BreakerStatistics", "CircuitChange", "CircuitState"]
@@ -188,7 +189,7 @@ class _GuardedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         except BaseException as error:
             policy._ended(ticket, error)
             raise
-        return _WatchedDeltas(deltas, policy, ticket)
+        return _JudgedDeltas(deltas, policy, ticket)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -199,31 +200,26 @@ class _GuardedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             self._policy._circuit.released(self._ticket)
 
 
-class _WatchedDeltas(AsyncIterator[Delta]):
-    """The deltas of a stream, and what they say about the endpoint."""
+class _JudgedDeltas(WatchedDeltas):
+    """What the deltas of a stream say about the endpoint."""
 
-    __slots__ = ("_begun", "_next", "_policy", "_ticket")
+    __slots__ = ("_begun", "_policy", "_ticket")
 
     def __init__(self, deltas: AsyncIterator[Delta], policy: Breaker, ticket: Ticket) -> None:
-        self._next = deltas.__anext__
+        super().__init__(deltas)
         self._policy = policy
         self._ticket = ticket
         self._begun = False
 
-    async def __anext__(self) -> Delta:
-        try:
-            delta = await self._next()
-        except StopAsyncIteration:
-            self._begin()
-            raise
-        except BaseException as error:
-            self._policy._ended(self._ticket, error)
-            raise
+    def saw(self, delta: Delta, /) -> None:
         if not self._begun:
-            self._begin()
-        return delta
+            self.ended()
 
-    def _begin(self) -> None:
+    def failed(self, error: BaseException, /) -> None:
+        self.take_failure()
+        self._policy._ended(self._ticket, error)
+
+    def ended(self) -> None:
         if not self._begun:
             self._begun = True
             self._policy._circuit.answered(self._ticket, self._policy._clock.time())

@@ -20,6 +20,7 @@ from asyncmodels.policies.budget_ledger import Reservation, Stand, Tally, Waiter
 from asyncmodels.policies.charges import Charge, charge_for, size_of
 from asyncmodels.policies.prices import PriceList, Prices, Tariff
 from asyncmodels.policies.spending import Spending, SpendingStatistics, open_runs
+from asyncmodels.policies.watched_deltas import WatchedDeltas
 from asyncmodels.policies.worst_case import worst_case
 from asyncmodels.trace import RECORD, AttemptRecord, Record, note_wait, notes_attempts
 from asyncmodels.types import Delta, Request, Response, Usage
@@ -342,7 +343,7 @@ class _BudgetedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
 
     def _settle(self, error: BaseException | None) -> None:
         call, deltas = self._call, self._deltas
-        failure, deltas.failure = deltas.failure, None
+        failure = deltas.take_failure()
         try:
             if isinstance(error, GeneratorExit):
                 call.later(partial(call.ended, deltas.usage, bytes_seen=deltas.size))
@@ -356,28 +357,20 @@ class _BudgetedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             del failure
 
 
-class _CountedDeltas(AsyncIterator[Delta]):
-    """The deltas of a stream and what they tell of its cost. Only the last one's usage is that of the whole answer."""
+class _CountedDeltas(WatchedDeltas):
+    """What the deltas of a stream tell of its cost. Only the last one's usage is that of the whole answer."""
 
-    __slots__ = ("_estimates", "_next", "begun", "cached", "failure", "size", "usage")
+    __slots__ = ("_estimates", "begun", "cached", "size", "usage")
 
     def __init__(self, deltas: AsyncIterator[Delta], *, estimates: bool) -> None:
-        self._next = deltas.__anext__
+        super().__init__(deltas)
         self._estimates = estimates
         self.begun = False
         self.cached = False
         self.size = 0
         self.usage: Usage | None = None
-        self.failure: BaseException | None = None
 
-    async def __anext__(self) -> Delta:
-        try:
-            delta = await self._next()
-        except StopAsyncIteration:
-            raise
-        except BaseException as error:
-            self.failure = error
-            raise
+    def saw(self, delta: Delta, /) -> None:
         self.begun = True
         if delta.finish_reason is not None:
             self.usage = delta.usage
@@ -385,7 +378,6 @@ class _CountedDeltas(AsyncIterator[Delta]):
             self.cached = True
         if self._estimates:
             self.size += size_of(delta)
-        return delta
 
 
 def _as_spending(spending: Spending | float | None) -> Spending:

@@ -26,8 +26,9 @@ from asyncmodels.errors import (
 from asyncmodels.policies.adaptive import AdaptiveLimit, LimitChange
 from asyncmodels.policies.service import Service
 from asyncmodels.policies.slots import Slots
+from asyncmodels.policies.watched_deltas import QueuedDeltas, WatchedDeltas, queued_longer
 from asyncmodels.trace import note_wait, notes_attempts
-from asyncmodels.types import Delta, Request, Response, Timing, Usage, evolve
+from asyncmodels.types import Delta, Request, Response, Usage, evolve
 
 __all__ = ["Concurrency", "ConcurrencyStatistics", "LimitChange"]
 
@@ -170,7 +171,7 @@ class Concurrency(Policy):
         else:
             self._ended(request, service, _kind(response.usage, request.max_tokens or 0, streamed=False))
         if waited:
-            response = evolve(response, timing=_queued_longer(response.timing, waited))
+            response = evolve(response, timing=queued_longer(response.timing, waited))
         return response
 
     def stream(self, request: Request, /) -> AbstractAsyncContextManager[AsyncIterator[Delta]]:
@@ -275,7 +276,7 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
     def __init__(self, policy: Concurrency, request: Request) -> None:
         self._policy = policy
         self._request = request
-        self._watched: _WatchedDeltas | None = None
+        self._watched: _MeasuredDeltas | None = None
 
     async def __aenter__(self) -> AsyncIterator[Delta]:
         policy, request = self._policy, self._request
@@ -293,8 +294,8 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             raise
         if service is not None:
             self._service = service
-            deltas = self._watched = _WatchedDeltas(deltas)
-        return _QueuedDeltas(deltas, waited) if waited else deltas
+            deltas = self._watched = _MeasuredDeltas(deltas)
+        return QueuedDeltas(deltas, waited) if waited else deltas
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -312,8 +313,7 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             else:
                 policy._slots.release(request.agent)
             return
-        # What the caller raised himself says nothing about the server; what the stream raised does.
-        failure, watched.failure = watched.failure, None
+        failure = watched.take_failure()
         if failure is None and isinstance(error, GeneratorExit | asyncio.CancelledError):
             failure = error
         try:
@@ -326,51 +326,20 @@ class _GatedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             del failure
 
 
-class _WatchedDeltas(AsyncIterator[Delta]):
-    """The deltas of a stream, and what they tell about it."""
+class _MeasuredDeltas(WatchedDeltas):
+    """How many there are, and the usage that they end with."""
 
-    __slots__ = ("_next", "count", "failure", "usage")
+    __slots__ = ("count", "usage")
 
     def __init__(self, deltas: AsyncIterator[Delta]) -> None:
-        self._next = deltas.__anext__
+        super().__init__(deltas)
         self.count = 0
         self.usage: Usage | None = None
-        self.failure: BaseException | None = None
 
-    async def __anext__(self) -> Delta:
-        try:
-            delta = await self._next()
-        except StopAsyncIteration:
-            raise
-        except BaseException as error:
-            self.failure = error
-            raise
+    def saw(self, delta: Delta, /) -> None:
         self.count += 1
         if delta.usage is not None:
             self.usage = delta.usage
-        return delta
-
-
-class _QueuedDeltas(AsyncIterator[Delta]):
-    """The deltas of a stream that had to wait: the first one, and each that carries a timing, tells how long."""
-
-    __slots__ = ("_next", "_told", "_waited")
-
-    def __init__(self, deltas: AsyncIterator[Delta], waited: float) -> None:
-        self._next = deltas.__anext__
-        self._waited = waited
-        self._told = False
-
-    async def __anext__(self) -> Delta:
-        delta = await self._next()
-        if delta.timing is None and self._told:
-            return delta
-        self._told = True
-        return evolve(delta, timing=_queued_longer(delta.timing or Timing(), self._waited))
-
-
-def _queued_longer(timing: Timing, seconds: float) -> Timing:
-    return evolve(timing, queued=timing.queued + seconds)
 
 
 def _kind(usage: Usage | None, size: int, *, streamed: bool) -> int:

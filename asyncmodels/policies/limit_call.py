@@ -22,10 +22,11 @@ from asyncmodels.policies.limit_charge import left_over
 from asyncmodels.policies.limit_estimate import Estimator, cost_of
 from asyncmodels.policies.limit_gate import Gate
 from asyncmodels.policies.limit_learning import lesson_of
+from asyncmodels.policies.watched_deltas import WatchedDeltas
 from asyncmodels.trace import RECORD, AttemptRecord, Record, Wait, note_wait
-from asyncmodels.types import Delta, RateLimits, Request, Timing, Usage, evolve
+from asyncmodels.types import Delta, RateLimits, Request, Usage
 
-__all__ = ["Call", "Meter", "MeteredDeltas", "queued_longer"]
+__all__ = ["Call", "Meter", "MeteredDeltas"]
 
 LEARN_EVERY = 0.02
 """Seconds. Of a thousand answers a second most would tell nothing new."""
@@ -186,43 +187,27 @@ class Sent(Record):
         RECORD.set(self._outer)
 
 
-class MeteredDeltas(AsyncIterator[Delta]):
-    """The deltas of a stream, and what they tell about it. The first one, and each that carries a timing, tells how
-    long the stream had to wait."""
+class MeteredDeltas(WatchedDeltas):
+    """What the deltas of a stream tell about its limits and its cost."""
 
-    __slots__ = ("_begun", "_cached", "_call", "_failure", "_next", "_usage")
+    __slots__ = ("_cached", "_call", "_usage")
 
     def __init__(self, deltas: AsyncIterator[Delta], call: Call) -> None:
-        self._next = deltas.__anext__
+        super().__init__(deltas)
         self._call = call
-        self._begun = False
         self._cached = False
         self._usage: Usage | None = None
-        self._failure: BaseException | None = None
 
-    async def __anext__(self) -> Delta:
-        try:
-            delta = await self._next()
-        except StopAsyncIteration:
-            raise
-        except BaseException as error:
-            self._failure = error
-            raise
-        call = self._call
+    def saw(self, delta: Delta, /) -> None:
         if delta.usage is not None:
             self._usage = delta.usage
         if delta.cached:
             self._cached = True
         if delta.rate_limits is not None:
-            call.learn(delta.rate_limits)
-        if call.waited and (delta.timing is not None or not self._begun):
-            delta = evolve(delta, timing=queued_longer(delta.timing or Timing(), call.waited))
-        self._begun = True
-        return delta
+            self._call.learn(delta.rate_limits)
 
     def close(self, error: BaseException | None) -> None:
-        # What the reader raised himself says nothing about the stream; what the stream raised does.
-        failure, self._failure = self._failure, None
+        failure = self.take_failure()
         if failure is None and isinstance(error, GeneratorExit):
             failure = error
         try:
@@ -232,7 +217,3 @@ class MeteredDeltas(AsyncIterator[Delta]):
                 self._call.failed(failure)
         finally:
             del failure
-
-
-def queued_longer(timing: Timing, seconds: float) -> Timing:
-    return evolve(timing, queued=timing.queued + seconds)

@@ -13,11 +13,12 @@ from asyncmodels.backend import Backend, Policy
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import ConfigurationError, LimitStoreError
 from asyncmodels.policies.limit_bucket import DIMENSIONS, Limits
-from asyncmodels.policies.limit_call import Call, Meter, MeteredDeltas, queued_longer
+from asyncmodels.policies.limit_call import Call, Meter, MeteredDeltas
 from asyncmodels.policies.limit_estimate import Estimate, Estimator
 from asyncmodels.policies.limit_gate import Gate, LocalGate
 from asyncmodels.policies.limit_shared import OnStoreError, SharedGate
 from asyncmodels.policies.limit_sharing import Shared, store_of
+from asyncmodels.policies.watched_deltas import QueuedDeltas, queued_longer
 from asyncmodels.trace import notes_attempts
 from asyncmodels.types import Delta, Request, Response, evolve
 
@@ -91,8 +92,6 @@ class RateLimit(Policy):
 
     It may be used from any number of event loops and threads.
     """
-
-    passes_files = True
 
     passes_files = True
 
@@ -218,7 +217,7 @@ class _LimitedStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
             call.failed(error)
             raise
         self._metered = MeteredDeltas(deltas, call)
-        return self._metered
+        return QueuedDeltas(self._metered, call.waited) if call.waited else self._metered
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -29,6 +29,7 @@ from asyncmodels.policies.telemetry_events import (
 )
 from asyncmodels.policies.telemetry_hook import Hook
 from asyncmodels.policies.telemetry_log import Log
+from asyncmodels.policies.watched_deltas import WatchedDeltas
 from asyncmodels.types import Delta, Request, Response, ResponseBuilder
 
 if TYPE_CHECKING:
@@ -204,15 +205,14 @@ class _ToldStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
         try:
             suppressed = await self._inner.__aexit__(kind, error, traceback)
         except BaseException as failure:
-            self._deltas.failure = self._deltas.failure or failure
+            self._tell_end(error, failure)
             raise
-        finally:
-            self._tell_end(error)
+        self._tell_end(error, None)
         return suppressed
 
-    def _tell_end(self, error: BaseException | None) -> None:
+    def _tell_end(self, error: BaseException | None, at_close: BaseException | None) -> None:
         call, deltas = self._call, self._deltas
-        failure, deltas.failure = deltas.failure, None
+        failure = deltas.take_failure() or at_close
         if failure is None and not deltas.complete and error is not None and not isinstance(error, Exception):
             failure = error  # a cancel; what the reader raised himself is no failure of the call
         try:
@@ -220,34 +220,29 @@ class _ToldStream(AbstractAsyncContextManager[AsyncIterator[Delta]]):
                 call.response = deltas.builder.response()
             call.end(failure, abandoned=failure is None and not deltas.complete)
         finally:
-            del failure
+            del failure, at_close
 
 
-class _ToldDeltas(AsyncIterator[Delta]):
-    __slots__ = ("_call", "_next", "builder", "complete", "failure")
+class _ToldDeltas(WatchedDeltas):
+    """What the deltas of a stream say, told to who watches the call."""
+
+    __slots__ = ("_call", "builder", "complete")
 
     def __init__(self, deltas: AsyncIterator[Delta], call: Call, builder: ResponseBuilder | None) -> None:
-        self._next = deltas.__anext__
+        super().__init__(deltas)
         self._call = call
         self.builder = builder
         self.complete = False
-        self.failure: BaseException | None = None
 
-    async def __anext__(self) -> Delta:
-        try:
-            delta = await self._next()
-        except StopAsyncIteration:
-            self.complete = True
-            raise
-        except BaseException as error:
-            self.failure = error
-            raise
+    def saw(self, delta: Delta, /) -> None:
         if delta.finish_reason is not None:
             self.complete = True
         if self.builder is not None:
             self.builder.add(delta)
         self._call.saw(delta)
-        return delta
+
+    def ended(self) -> None:
+        self.complete = True
 
 
 def _spans(tracers: TracerProvider | None, meters: MeterProvider | None, *, prompts: bool) -> Watcher:
