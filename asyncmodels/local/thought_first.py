@@ -15,17 +15,24 @@ class ThoughtFirst:
     def __init__(self, thought: AnswerParser, calls: AnswerParser) -> None:
         self._thought = thought
         self._calls = calls
+        self._noted: list[int] = []
 
     @property
     def reasoning(self) -> bool | None:
         return self._thought.reasoning
 
     def note(self, token: int) -> None:
-        if not self._thought.reasoning:
-            self._calls.note(token)
+        self._noted.append(token)
 
     def feed(self, text: str) -> Pieces:
-        return self._read(self._thought.feed(text))
+        reasoned = self._thought.reasoning
+        pieces = self._thought.feed(text)
+        # The tokens of the marks are not the other parser's either.
+        if not reasoned and not self._thought.reasoning:
+            for token in self._noted:
+                self._calls.note(token)
+        self._noted.clear()
+        return self._read(pieces)
 
     def finish(self) -> Pieces:
         pieces = self._read(self._thought.finish())

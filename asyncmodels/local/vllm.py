@@ -108,8 +108,11 @@ class VLLMModel(LocalModel):
     ``gpu_memory_utilization``, ``tensor_parallel_size`` and so on. Ours are ``scheduling_policy="priority"``, the
     grammar backend ``guidance`` (never ``auto``, which chooses by request where one process can only have one), no
     statistics in the log and in Prometheus (``disable_log_stats=False`` brings them back) and ``max_num_seqs`` as said
-    below, unless they are given. ``apply_chat_template_kwargs`` go to the chat template. Any field of ``Request`` can
-    be given as a default for every call.
+    below, unless they are given. ``tool_call_parser`` and ``reasoning_parser`` are understood, too: vLLM's names of the
+    parsers that read the model's answers. Without them calls are read as the tokenizer declares it, then by the parser
+    of vLLM's that suits the chat template, then as on the other engines; reasoning between its marks.
+    ``apply_chat_template_kwargs`` go to the chat template. Any field of ``Request`` can be given as a default for every
+    call.
 
     One model outgrows one machine by Ray: on the first machine ``ray start --head --port=6379``, on the second
     ``ray start --address=FIRST:6379``, then on the first, with eight GPUs in each::

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
+from functools import partial
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -50,15 +51,17 @@ class VLLMAnswers:
         self.calls = names.calls is not None
         self.reasons = names.reasoning is not None
         self.chosen = names.chosen
-        self._whole, self._reasoner, self._caller = (
-            ParserManager.get_parser(
-                tool_parser_name=calls,
-                reasoning_parser_name=reasoning,
+        self._classes = {
+            (calls, reasons): ParserManager.get_parser(
+                tool_parser_name=names.calls if calls else None,
+                reasoning_parser_name=names.reasoning if reasons else None,
                 enable_auto_tools=True,
                 tokenizer=tokenizer,
             )
-            for calls, reasoning in ((names.calls, names.reasoning), (None, names.reasoning), (names.calls, None))
-        )
+            for calls in {False, self.calls}
+            for reasons in {False, self.reasons}
+        }
+        """By whether they read calls and tell of reasoning; None for what does neither."""
 
     def parser(
         self,
@@ -73,8 +76,8 @@ class VLLMAnswers:
             messages=[], tools=tools or None, tool_choice="auto" if tools and self.calls else None
         )
 
-        def make(*, reasons: bool = True) -> Any:
-            cls = (self._whole if reasons else self._caller) if tools and self.calls else self._reasoner
+        def make(*, calls: bool = bool(tools), reasons: bool = True) -> Any:
+            cls = self._classes[calls and self.calls, reasons and self.reasons]
             if cls is None:
                 return None
             return cls(self._tokenizer, request.tools, chat_template_kwargs=dict(template_kwargs))
@@ -82,11 +85,10 @@ class VLLMAnswers:
         known = list(prompt)
         if streaming:
             return _Streamed(make, request, known, reasons=self.reasons)
-        parser = make()
-        if self.reasons and parser.is_reasoning_end(known):
+        if self.reasons and make().is_reasoning_end(known):
             # The prompt has closed the reasoning, which the parsers of whole answers are not told.
-            parser = make(reasons=False)
-        return _Whole(parser, request, known, counts=self.reasons)
+            make = partial(make, reasons=False)
+        return _Whole(make, request, known, counts=self.reasons)
 
 
 class _Read:
@@ -104,7 +106,10 @@ class _Read:
         self._tokens.append(token)
 
     def _parsed(self, parser: Any, text: str, tokens: Rows[int]) -> tuple[str, str, list[Call]]:
-        """Reasoning, content and calls of a whole answer."""
+        """Reasoning, content and calls of a whole answer; without a parser all of it is content."""
+        if parser is None:
+            return "", text, []
+        parser.set_prompt_token_ids(self._prompt)
         reasoning, content, found = parser.parse(
             text, self._request, enable_auto_tools=True, model_output_token_ids=tokens
         )
@@ -116,9 +121,11 @@ class _Whole(_Read):
 
     reasoning: bool | None = None
 
-    def __init__(self, parser: Any, request: ChatCompletionRequest, prompt: list[int], *, counts: bool) -> None:
+    def __init__(
+        self, make: Callable[..., Any], request: ChatCompletionRequest, prompt: list[int], *, counts: bool
+    ) -> None:
         super().__init__(request, prompt)
-        self._parser = parser
+        self._make = make
         self._counts = counts
         self._text: list[str] = []
 
@@ -128,12 +135,13 @@ class _Whole(_Read):
 
     def finish(self) -> Pieces:
         text = "".join(self._text)
-        if self._parser is None:
-            return Pieces(content=text)
         try:
-            self._parser.set_prompt_token_ids(self._prompt)
-            reasoning, content, calls = self._parsed(self._parser, text, self._tokens)
-            counted = self._parser.count_reasoning_tokens(self._tokens) if self._counts else None
+            parser = self._make()
+            reasoning, content, calls = self._parsed(parser, text, self._tokens)
+            counted = parser.count_reasoning_tokens(self._tokens) if self._counts and parser is not None else None
+            if not calls:
+                # Where some saw a call that was cut, they have lost its text.
+                reasoning, content, _ = self._parsed(self._make(calls=False), text, self._tokens)
         except Exception:  # they raise what they like for what is no call
             return Pieces(content=text)
         if reasoning or calls:

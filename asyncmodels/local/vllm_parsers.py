@@ -66,12 +66,12 @@ def names_for(chat_template: str) -> Names | None:
 
 def named(settings: Mapping[str, Any], *, calls: Iterable[str], reasoning: Iterable[str]) -> Names | None:
     """The parsers that ``settings`` name, which must be among those that vLLM has; None where they name none."""
-    found: dict[str, str | None] = {}
+    found: list[str | None] = []
     for setting, known in zip(SETTINGS, (sorted(calls), sorted(reasoning)), strict=True):
         name = settings.get(setting)
         if name is not None and name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(known)}."
             raise ModelLoadError(f"vLLM has no {setting} {name!r}; {hint}")
-        found[setting] = name
-    return Names(*(found[setting] for setting in SETTINGS), True) if any(found.values()) else None
+        found.append(name)
+    return Names(found[0], found[1], chosen=True) if any(found) else None

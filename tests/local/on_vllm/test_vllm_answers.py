@@ -32,7 +32,10 @@ MARKS = (
     "<\uff5ctool\u2581call\u2581begin\uff5c>", "<\uff5ctool\u2581call\u2581end\uff5c>", "<\uff5ctool\u2581sep\uff5c>",
 )  # fmt: skip
 XML = "<function=look>\n<parameter=city>\nParis\n</parameter>\n<parameter=n>\n2\n</parameter>\n</function>"
-DEEPSEEK = "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>{}<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>"
+DEEPSEEK = (
+    "<\uff5ctool\u2581calls\u2581begin\uff5c><\uff5ctool\u2581call\u2581begin\uff5c>{}"
+    "<\uff5ctool\u2581call\u2581end\uff5c><\uff5ctool\u2581calls\u2581end\uff5c>"
+)
 
 FAMILIES: Mapping[str, tuple[str, str]] = {
     "minimax": (
@@ -122,7 +125,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-WAYS = [(True, 1), (True, 4), (True, 10**6), (False, 1)]
+WAYS = [(True, 1), (True, 4), (False, 1)]
 
 
 @pytest.mark.parametrize(("streaming", "size"), WAYS)
@@ -256,7 +259,7 @@ def test_names_that_cannot_be(names: dict[str, Any], sentence: str) -> None:
 def test_a_template_that_is_known_and_a_tokenizer_that_is_not() -> None:
     """Where vLLM's parser misses its marks in the tokenizer, and nobody has named it, it is left aside."""
     tokenizer = build_tokenizer()
-    tokenizer.chat_template = "<|tool_calls_section_begin|>"
+    tokenizer.chat_template = FAMILIES["deepseek-v3"][0]
     assert answers_of(tokenizer) is None
     assert answers_of(build_tokenizer()) is None
 
