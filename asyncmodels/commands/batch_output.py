@@ -221,8 +221,14 @@ class StandardOutput(Output):
         """It is open."""
 
     def write(self, row: Row) -> None:
-        sys.stdout.buffer.write(as_json(row))
+        self.pending.append(row)
+        # Past its buffer, which would try for ever to write what there is no room for.
+        there = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+        left = memoryview(as_json(row))
+        while left:
+            left = left[there.write(left) :]
         sys.stdout.buffer.flush()
+        self.pending.clear()
 
     def sync(self) -> None:
         """It is whoever reads who keeps it."""

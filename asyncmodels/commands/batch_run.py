@@ -21,6 +21,8 @@ from asyncmodels.errors import (
     AsyncModelsError,
     AuthenticationError,
     ConfigurationError,
+    ContentFilterError,
+    ContextLengthError,
     InvalidRequestError,
     NotFoundError,
     PermissionDeniedError,
@@ -39,6 +41,8 @@ _HOPELESS = (
     PermissionDeniedError,
     QuotaExceededError,
 )
+_OWN = (ContentFilterError, ContextLengthError)
+"""What is one prompt's own trouble, in whatever words."""
 _ENOUGH = 10
 """So many items that are refused in the same words, before any is answered, are enough to stop."""
 
@@ -120,7 +124,7 @@ class _Reader:
         if not batch.quiet:
             self._summary(now)
         if interrupted:
-            self._say(f"Interrupted. {self._advice()}")
+            self._say(" ".join(filter(None, ("Interrupted.", why, self._advice()))))
         elif why is not None:
             raise StoppedError(f"{why} {self._advice()}".strip())
 
@@ -136,7 +140,12 @@ class _Reader:
             if batch.strict and self._ended_by is None:
                 self._stop(one_line(error))
             return
-        if not batch.hopeless or len(self._alike) == _ENOUGH or not isinstance(error, _HOPELESS):
+        if (
+            not batch.hopeless
+            or len(self._alike) == _ENOUGH
+            or isinstance(error, _OWN)
+            or not isinstance(error, _HOPELESS)
+        ):
             return
         self._alike.append(one_line(error))
         if len(self._alike) == _ENOUGH and len(set(self._alike)) == 1 and not batch.run.statistics().succeeded:

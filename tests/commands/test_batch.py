@@ -313,6 +313,15 @@ def test_a_run_that_cannot_go_well_is_stopped(provided: Provided, capsys: pytest
     assert said.startswith("asyncmodels batch: All were refused alike, so the run was stopped (AuthenticationError): ")
 
 
+def test_what_is_one_prompt_s_own_trouble_stops_nothing(provided: Provided) -> None:
+    """Many prompts that are too long, or refused for what is in them, say nothing of the others."""
+    long = '{"error": {"code": "context_length_exceeded", "message": "This prompt is too long."}}'
+    place = provided(*[Answer(status=400, body=long)] * 15, Answer(echo=True))
+    Path("in.txt").write_text("".join(f"{number}\n" for number in range(30)))
+    assert main(["batch", "in.txt", "-o", "out.jsonl", "--concurrency", "1"]) == 1
+    assert len(asked(place)) == 30
+
+
 def test_too_many_errors(provided: Provided, capsys: pytest.CaptureFixture[str]) -> None:
     """--max-errors says how many are too many."""
     place = provided(Answer(status=400, body='{"error": {"message": "No."}}'))

@@ -337,6 +337,31 @@ def test_a_disk_that_is_full_where_nothing_keeps_a_journal(
     assert len(asked(place)) < 3000
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no such device here")
+@pytest.mark.parametrize("journal", [[], ["--journal", "run.sqlite"]])
+def test_standard_output_that_is_full(
+    journal: list[str], place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for what was to be redirected: no answer is lost, and nothing is said twice."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    prompts(300)
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "asyncmodels", "batch", "in.txt", "--concurrency", "3", *journal]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert ended.returncode == 3, ended.stderr
+    said = ended.stderr.splitlines()[-1]
+    assert said.startswith("asyncmodels batch: standard output cannot be written: the disk is full. ")
+    if journal:
+        assert "Every answer is in the journal." in said
+        assert list((tmp_path / "temporary").iterdir()) == []
+        with read_journal("run.sqlite") as kept:
+            assert len(kept) == len(asked(place)) < 300
+    else:
+        (rescued,) = (tmp_path / "temporary").iterdir()
+        assert answers(rescued) == asked(place)
+
+
 _LIMITED = textwrap.dedent(
     """
     import resource, sys
