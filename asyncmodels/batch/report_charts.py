@@ -94,31 +94,34 @@ def throughput_chart(columns: Sequence[Column]) -> str | None:
 
 
 def in_flight_chart(columns: Sequence[Column]) -> str | None:
-    in_flight = [column.in_flight for column in columns]
-    limits = [column.limit for column in columns]
-    if not any(in_flight):
+    taken, limits = [column.in_flight for column in columns], [column.limit for column in columns]
+    if not any(taken):
         return None
     known = [limit for limit in limits if limit is not None]
-    time, scale = _Time(columns), _Scale(max([*in_flight, *known]))
-    drawn = [time.area("area", scale, in_flight), time.line("line first", scale, in_flight)]
-    series = [_Series("in flight", "first")]
-    said = f"{rounded(max(in_flight))} items were in flight at most."
+    served = [column.served for column in columns]
+    apart = any(served)
+    shown = served if apart else taken
+    # Those that wait may be so many that nothing else could be seen beside them.
+    waiting = apart and max(taken) <= 3 * max([*served, *known])
+    time, scale = _Time(columns), _Scale(max([*shown, *known, *(taken if waiting else ())]))
+    drawn = [time.area("area", scale, shown), time.line("line first", scale, shown)]
+    series = [_Series("with the model" if apart else "in flight", "first")]
+    said = f"{rounded(max(shown))} items were {'with the model' if apart else 'in flight'} at most."
+    if waiting:
+        drawn.append(time.line("line second", scale, taken))
+        series.append(_Series("and waiting", "second"))
     if known:
         drawn.append(time.line("line limit", scale, limits))
-        series.append(_Series("limit of the model", "limit"))
+        series.append(_Series("limit", "limit"))
         said += f" The limit was between {rounded(min(known))} and {rounded(max(known))}."
     refusals = [place for place, column in enumerate(columns) if column.refused]
     if refusals:
-        base = _HEIGHT - _BOTTOM
-        drawn += [
-            f'<line class="refusal" x1="{time.middle(place):.1f}" x2="{time.middle(place):.1f}" y1="{base - 7}" '
-            f'y2="{base}"/>'
-            for place in refusals
-        ]
-        series.append(_Series("refused by the server (429)", "bad"))
+        drawn += [_tick(time.middle(place)) for place in refusals]
+        series.append(_Series("refused (429)", "bad"))
     told = []
     for column in columns:
-        lines = [f"{rounded(column.in_flight)} in flight"]
+        lines = [f"{rounded(column.served)} with the model"] if apart else []
+        lines += [f"{rounded(column.in_flight)} in flight{', waiting ones among them' if apart else ''}"]
         lines += [f"limit {rounded(column.limit)}"] if column.limit is not None else []
         lines += [f"{whole(column.refused)} refused"] if column.refused else []
         told.append("\n".join(lines))
@@ -248,6 +251,11 @@ class _Time:
             )
             for column, text in zip(self._columns, told, strict=True)
         ]
+
+
+def _tick(x: float) -> str:
+    base = _HEIGHT - _BOTTOM
+    return f'<line class="refusal" x1="{x:.1f}" x2="{x:.1f}" y1="{base - 7}" y2="{base}"/>'
 
 
 def _hit(left: float, right: float, told: str) -> str:

@@ -97,6 +97,7 @@ class Summary:
             record.began,
             record.began + record.seconds,
             failed=record.error is not None,
+            service=record.service,
             input_tokens=tokens[0],
             output_tokens=tokens[1],
             cost=cost,

@@ -25,6 +25,9 @@ class _Bin:
     """How many more items began here than ended."""
     held: float = 0.0
     """How many seconds those that began here were in flight here, less those in which those that ended were not."""
+    served_net: int = 0
+    served: float = 0.0
+    """The same of those that were with the model, and neither waited nor were to be tried again."""
     done: int = 0
     failed: int = 0
     input: int = 0
@@ -65,7 +68,9 @@ class Column:
     cost: float = 0.0
     refused: int = 0
     in_flight: float = 0.0
-    """On average."""
+    """On average, those among them that wait."""
+    served: float = 0.0
+    """How many of them were with the model."""
     limit: float | None = None
 
 
@@ -82,6 +87,7 @@ class Timeline:
         ended: float,
         *,
         failed: bool,
+        service: float | None = None,
         input_tokens: int = 0,
         output_tokens: int = 0,
         cost: float = 0.0,
@@ -99,6 +105,14 @@ class Timeline:
         end.input += input_tokens
         end.output += output_tokens
         end.cost += cost
+        if service is not None and 0 <= service < math.inf:
+            sent = max(began, ended - service)
+            start = self._at(sent)
+            start.served_net += 1
+            start.served += self._left(sent)
+            end = self._at(ended)
+            end.served_net -= 1
+            end.served -= self._left(ended)
 
     def sample(self, sample: Sample, *, refused: int = 0) -> None:
         """``refused`` is since the sample before."""
@@ -159,6 +173,7 @@ class Timeline:
         for place, each in self._bins.items():
             if place % 2 == 0:
                 each.held += each.net * self._width  # through the second half of the new one
+                each.served += each.served_net * self._width
             there = halved.get(place // 2)
             if there is None:
                 halved[place // 2] = each
@@ -183,15 +198,16 @@ class Timeline:
 
     def _stretches(self) -> list[_Stretch]:
         stretches: list[_Stretch] = []
-        in_flight, before = 0, None
+        in_flight, served, before = 0, 0, None
         for place in sorted(self._bins):
             if before is None or self._is_pause(before, place, in_flight):
                 pause = 0.0 if before is None else (place - before - 1) * self._width
                 stretches.append(_Stretch(place * self._width, pause, []))
             else:
-                stretches[-1].bins += [(_NOTHING, in_flight)] * (place - before - 1)
-            stretches[-1].bins.append((self._bins[place], in_flight))
+                stretches[-1].bins += [(_NOTHING, in_flight, served)] * (place - before - 1)
+            stretches[-1].bins.append((self._bins[place], in_flight, served))
             in_flight += self._bins[place].net
+            served += self._bins[place].served_net
             before = place
         return stretches
 
@@ -216,11 +232,12 @@ class Timeline:
         columns[0].pause = stretch.pause
         return columns
 
-    def _part(self, bins: list[tuple[_Bin, int]]) -> _Part:
+    def _part(self, bins: list[tuple[_Bin, int, int]]) -> _Part:
         part = _Part(_Bin(), len(bins) * self._width)
-        for each, in_flight in bins:
+        for each, in_flight, served in bins:
             part.sum.add(each)
             part.held += in_flight * self._width + each.held
+            part.served += served * self._width + each.served
         return part
 
 
@@ -229,11 +246,11 @@ _NOTHING = _Bin()
 
 @dataclass(slots=True)
 class _Stretch:
-    """Bins that follow each other, each with how many items were in flight when it began."""
+    """Bins that follow each other, each with how many items were in flight, and with the model, when it began."""
 
     start: float
     pause: float
-    bins: list[tuple[_Bin, int]]
+    bins: list[tuple[_Bin, int, int]]
 
 
 @dataclass(slots=True)
@@ -242,11 +259,13 @@ class _Part:
     seconds: float
     held: float = 0.0
     """Seconds of all items that were in flight."""
+    served: float = 0.0
 
     def add(self, other: _Part) -> None:
         self.sum.add(other.sum)
         self.seconds += other.seconds
         self.held += other.held
+        self.served += other.served
 
     def column(self, sampled: float | None) -> Column:
         sum, seconds = self.sum, max(self.seconds, 1e-3)
@@ -261,6 +280,7 @@ class _Part:
             cost=sum.cost,
             refused=sum.refused,
             in_flight=in_flight,
+            served=max(0.0, self.served / seconds),
             limit=sum.limit / sum.limits if sum.limits else None,
         )
 

@@ -229,13 +229,14 @@ def test_what_was_in_flight() -> None:
         timeline = Timeline()
         for turn in range(10 * repeats):
             for _ in range(5):
-                timeline.item(START + turn, START + turn + 0.5, failed=False, output_tokens=3)
+                timeline.item(START + turn, START + turn + 0.5, failed=False, service=0.25, output_tokens=3)
                 timeline.item(START + turn, START + turn + 1, failed=turn % 2 == 0)
         columns = timeline.columns(40)
         seconds = sum(column.seconds for column in columns)
         assert len(columns) <= 41
         assert seconds == pytest.approx(10 * repeats)
         assert sum(column.in_flight * column.seconds for column in columns) == pytest.approx(75 * repeats)
+        assert sum(column.served * column.seconds for column in columns) == pytest.approx(12.5 * repeats)
         assert sum(column.done for column in columns) == 100 * repeats
         assert sum(column.failed for column in columns) == 25 * repeats
         assert sum(column.output_tokens for column in columns) == 150 * repeats
