@@ -53,10 +53,11 @@ class RayExecutor(Executor):
     is none that finds a place in that time.
 
     A worker makes its model by the arguments with which yours was made, so these must be such as can be pickled; or by
-    ``model``, a function that returns one or a name for ``asyncmodels.load``. A local model is loaded by the workers
-    only. Policies work in each worker for itself, and so ``max_concurrency`` is each worker's own; a limit of requests
-    or tokens must be shared by Redis (``RateLimit(shared="redis://...")``), and a Budget cannot be shared: with more
-    than one worker a model that has one, or a limit of its own, is refused, unless ``model`` makes it.
+    ``model``, a function that returns one or a name for ``asyncmodels.load``; a journal goes by yours in any case. A
+    local model is loaded by the workers only. Policies work in each worker for itself, and so ``max_concurrency`` is
+    each worker's own; a limit of requests or tokens must be shared by Redis (``RateLimit(shared="redis://...")``), and
+    a Budget cannot be shared: with more than one worker a model that has one, or a limit of its own, is refused, unless
+    ``model`` makes it.
 
     A worker that dies is replaced, if it had any work, and the requests that it had are sent to others, first of all.
     Each request is sent twice at most: when its second worker dies, too, its item has a WorkerDiedError. The provider
