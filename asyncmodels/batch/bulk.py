@@ -76,6 +76,8 @@ class BulkCrew:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._filled = False
+        self._through = False
+        """Whether all items were handed on."""
         self._rows = 0
         """How many are on the disk."""
         self._next = 0
@@ -89,7 +91,6 @@ class BulkCrew:
 
         Closing the generator ends what is done here; what becomes of the provider's batches, the mode says.
         """
-        whole = False
         try:
             await self._disk.open()
             self._start(self._fill())
@@ -100,11 +101,10 @@ class BulkCrew:
                 self._room.release()
             if self._failure is not None:
                 raise self._failure
-            whole = True
         finally:
             try:
                 await self._dismiss()
-                if not whole:
+                if not self._through:
                     await self._work.leave()
             finally:
                 await self._source.aclose()
@@ -202,12 +202,14 @@ class BulkCrew:
         if part is None or part.lines is None or part.lines.is_full(line):
             self._submit()
             await self._slots.acquire()
-            part = self._work.new_part()
-            path = self._disk.spill.folder / f"{part.number}.jsonl"
-            requests, size = self._most
-            part.lines = await self._disk.do(lambda: FileOfLines(path, max_requests=requests, max_bytes=size))
-            self._writing = part
+            part = self._writing = self._work.new_part()
+            await self._disk.do(partial(self._begin, part))
         return part
+
+    def _begin(self, part: Part) -> None:
+        path = self._disk.spill.folder / f"{part.number}.jsonl"
+        requests, size = self._most
+        part.lines = FileOfLines(path, max_requests=requests, max_bytes=size)
 
     def _write(self, part: Part, rows: Sequence[tuple[Row, bytes]]) -> int:
         """How many of them went into the file."""
@@ -239,6 +241,7 @@ class BulkCrew:
                 await self._disk.do(partial(self._disk.spill.drop, taken))
                 await self._count(taken)
             elif self._filled and not self._rows:
+                self._through = True
                 self._results.put_nowait(None)
                 return
             else:
@@ -348,6 +351,9 @@ class BulkCrew:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        writing = self._writing
-        if writing is not None and writing.lines is not None:
-            await self._disk.do(writing.lines.close)
+        await self._disk.do(self._close_files)
+
+    def _close_files(self) -> None:
+        for part in self._work.parts.values():
+            if part.lines is not None:
+                part.lines.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ from asyncmodels.errors import ConfigurationError, UnsupportedError
 if TYPE_CHECKING:
     from asyncmodels.model import Model
 
-__all__ = ["BulkPlan", "plan_of"]
+__all__ = ["BulkPlan", "plan_of", "warn_of_batches"]
+
+logger = logging.getLogger(__name__)
 
 
 def plan_of(
@@ -70,4 +73,16 @@ class BulkPlan:
             tally=tally,
             journal=self._journal,
             record=record,
+        )
+
+
+async def warn_of_batches(journal: Journal | None) -> None:
+    """Says which batches a run of calls leaves alone, although it may ask, and pay for, what is in them."""
+    if isinstance(journal, BulkJournal) and (notes := await journal.batches()):
+        known = ", ".join(note.batch for note in notes if note.batch is not None)
+        logger.warning(
+            "The provider has, or may have, %d batches of this journal%s, which a run of calls does not wait for: "
+            'mode="batch" goes on with them instead of asking again.',
+            len(notes),
+            f" ({known})" if known else "",
         )

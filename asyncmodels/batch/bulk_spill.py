@@ -76,6 +76,8 @@ class Spill:
         ):
             self._rows.execute(statement)
         self._files: dict[int, tuple[int, BinaryIO]] = {}
+        """By their numbers, the outputs that were indexed, with their parts."""
+        self._outputs: list[BinaryIO] = []
         self._odd = _Odd()
 
     # -- rows ---------------------------------------------------------------------------------------------------------
@@ -134,7 +136,10 @@ class Spill:
 
     def output(self) -> BinaryIO:
         """A new file to write an output to, to be given to ``index`` then."""
-        return tempfile.TemporaryFile(dir=self.folder)
+        # Kept here as well: whoever asked may be gone by now.
+        self._outputs = [file for file in self._outputs if not file.closed]
+        self._outputs.append(tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115  # closed by close
+        return self._outputs[-1]
 
     def index(self, part: int, file: BinaryIO, name: Callable[[bytes], str | None]) -> int:
         """Notes where the line of each name is, the first of several. Returns how many lines have no name."""
@@ -169,7 +174,7 @@ class Spill:
         """Takes everything away. Closing twice is allowed."""
         with suppress(sqlite3.Error):
             self._rows.close()
-        for _, file in self._files.values():
+        for file in self._outputs:
             file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -68,18 +68,20 @@ class BulkWork:
         """Those that a journal knows and the provider has, by their keys."""
         notes = [] if self._journal is None else await self._journal.batches()
         doubtful = [note for note in notes if note.step == "creating"]
-        begun = {note.key: note.batch for note in notes if note.batch is not None}
+        begun: dict[str, str | None] = {note.key: note.batch for note in notes if note.batch is not None}
         if doubtful:
             passed = self._mode.clock.wall_time() - max(note.at for note in doubtful)
             await self._mode.clock.sleep(self._mode.settle - max(0.0, min(passed, self._mode.settle)))
-            begun.update({key: batch.id for key, batch in (await self._begun(doubtful)).items()})
+            begun.update(await self._begun(doubtful))
         old: dict[str, Part] = {}
         for note in notes:
-            id = begun.get(note.key)
-            if id is None:
+            if note.key not in begun:
                 if note.file is not None:
                     await self._calls.discard(note.file)  # no batch was made of it, and what it asks is asked anew
                 continue
+            id = begun[note.key]
+            if id is None:
+                continue  # nobody knows, and it was said that it is to be asked anew
             part = old[note.key] = self.new_part()
             part.key, part.requests, part.began, part.file = note.key, note.requests, note.at, note.file
             part.id, part.old = id, True
@@ -90,13 +92,15 @@ class BulkWork:
             logger.info("The run goes on with %d batches of an earlier one: %s.", len(old), ids)
         return old
 
-    async def _begun(self, notes: Sequence[BatchNote]) -> Mapping[str, ProviderBatch]:
+    async def _begun(self, notes: Sequence[BatchNote]) -> Mapping[str, str | None]:
+        """The provider's ids of those that were begun after all; None for all where nobody can say."""
         try:
-            return await self._calls.find({note.key: note.file for note in notes})
+            found = await self._calls.find({note.key: note.file for note in notes})
         except NotFoundError as error:
             if self._mode.on_unknown == "ask":
-                return {}
+                return {note.key: None for note in notes}
             raise not_known(len(notes), error) from error
+        return {key: batch.id for key, batch in found.items()}
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 from asyncmodels.backend import links
 from asyncmodels.batch.bulk import BulkCrew
-from asyncmodels.batch.bulk_plan import BulkPlan
+from asyncmodels.batch.bulk_plan import BulkPlan, warn_of_batches
 from asyncmodels.batch.crew import Crew
 from asyncmodels.batch.executor import Answering, Executor
 from asyncmodels.batch.inputs import Inputs, checked_inputs, entries
@@ -204,6 +204,8 @@ class Run(AsyncIterable[Item]):
                 self._over.set()
                 raise
         try:
+            if self._bulk is None:
+                await warn_of_batches(journal)
             async with self._elsewhere() as self._answering:
                 self._crew = self._hired()
                 if self._cancelled:  # while the journal was opened

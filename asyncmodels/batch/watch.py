@@ -104,7 +104,8 @@ class Watch:
             await clock.sleep(max(0.0, min(sampled, shown) - clock.time()))
 
     async def _look_up_price(self) -> None:
-        if self._priced or self._statistics().elapsed < (0.0 if "genai_prices" in sys.modules else _WORTH_A_LIST):
+        now, patience = self._statistics(), 0.0 if "genai_prices" in sys.modules else _WORTH_A_LIST
+        if self._priced or now.elapsed < patience or now.batches:  # the list knows what calls cost, not what batches do
             return
         self._priced = True
         with suppress(Exception):  # of somebody's own link

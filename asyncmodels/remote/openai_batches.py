@@ -23,7 +23,6 @@ from asyncmodels.errors import (
     InvalidResponseError,
     NotFoundError,
     ServerError,
-    UnsupportedError,
 )
 from asyncmodels.remote.answer import response_of, without
 from asyncmodels.remote.chat import ChatBackend
@@ -67,8 +66,6 @@ class OpenAIBatches(Bulk):
 
     def line(self, name: str, request: Request) -> bytes:
         body = self._backend._body(request, stream=False)
-        if orjson.loads(body).get("stream"):
-            raise UnsupportedError("A batch cannot stream.")
         return b'{"custom_id":%b,"method":"POST","url":%b,"body":%b}\n' % (
             orjson.dumps(name),
             orjson.dumps(self._path),

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sqlite3
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,10 @@ async def leave_when(run: Run, provider: Provider, batches: int) -> None:
 
 
 NEVER = 10**9
+
+
+def looked_at(path: str, provider: Provider) -> bool:
+    return provider.count("GET", path) > 1
 
 
 async def test_a_run_that_was_left_goes_on(provider: Provider, journal: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,6 +168,69 @@ async def test_calls_and_batches_share_a_journal(provider: Provider, journal: Pa
         await model.map(asked(3), mode=QUICK, journal=journal).results()
         items = await model.map(asked(3), journal=journal).results()
     assert all(item.reused for item in items)
+
+
+async def test_calls_say_which_batches_they_leave_alone(
+    provider: Provider, journal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run of calls asks what is in a batch again, and says so; the batch is not gone on with later."""
+    provider.polls = NEVER
+    async with model_at(provider) as model:
+        await leave_when(model.map(asked(2), mode=QUICK, journal=journal), provider, 1)
+        caplog.clear()
+        items = await model.map(asked(2), journal=journal).results()
+        assert 'batches of this journal (batch_1), which a run of calls does not wait for: mode="batch"' in caplog.text
+        assert not any(item.ok for item in items)  # this server has no chat completions
+        provider.polls = 1
+        caplog.clear()
+        again = await model.map(asked(2), mode=QUICK, journal=journal).results()
+    assert all(item.ok for item in again)
+    assert len(provider.batches) == 2
+
+
+async def test_a_cancelled_run_says_what_it_leaves(
+    provider: Provider, journal: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``cancel`` ends a run as Ctrl-C does: the batches go on with a journal, and are cancelled without one."""
+    provider.polls = NEVER
+    async with model_at(provider) as model:
+        for kept, path in ((journal, "/batches/batch_1"), (None, "/batches/batch_2")):
+            run = model.map(asked(2), mode=QUICK, journal=kept)
+            reading = asyncio.create_task(run.results())
+            await asyncio.to_thread(provider.until, partial(looked_at, path))
+            run.cancel()
+            assert await reading == []
+    assert provider.statuses() == ["in_progress", "cancelled"]
+    assert caplog.text.count("go on at the provider") == 1
+
+
+async def test_where_nobody_can_say_what_was_begun(provider: Provider, journal: Path) -> None:
+    """A crash at that moment, and a provider without a list: the run is refused, and says how to ask anew, which leaves
+    the file of the batch that there may be alone."""
+    provider.polls, provider.lists = NEVER, False
+    async with model_at(provider) as model:
+        await leave_when(model.map(asked(2), mode=QUICK, journal=journal), provider, 1)
+        _forget_what_was_created(journal)
+        with pytest.raises(BatchError, match="on_unknown"):
+            await model.map(asked(2), mode=QUICK, journal=journal).results()
+        provider.polls = 1
+        items = await model.map(asked(2), mode=quick(on_unknown="ask"), journal=journal).results()
+    assert all(item.ok for item in items)
+    assert len(provider.batches) == 2
+    assert provider.count("DELETE", "/files") == 0
+
+
+def _forget_what_was_created(journal: Path) -> None:
+    if journal.suffix == ".jsonl":
+        lines = journal.read_text().splitlines(keepends=True)
+        journal.write_text("".join(line for line in lines if '"step":"created"' not in line))
+        return
+    connection = sqlite3.connect(journal)
+    with connection:
+        [(key, told)] = connection.execute("SELECT key, note FROM batches")
+        note = json.dumps({**json.loads(told), "step": "creating", "batch": None})
+        connection.execute("UPDATE batches SET note = ? WHERE key = ?", (note, key))
+    connection.close()
 
 
 async def test_another_question_is_refused(provider: Provider, journal: Path) -> None:
