@@ -37,6 +37,7 @@ from asyncmodels.integrations.lm_eval_requests import Conversation, Tokens, gene
 from asyncmodels.local.backend import EngineBackend
 from asyncmodels.model import Model
 from asyncmodels.registry import load
+from asyncmodels.remote.completions import CompletionsBackend
 from asyncmodels.scored import Scored
 from asyncmodels.sync import blocking
 from asyncmodels.types import Message, Request, Response, Score
@@ -107,8 +108,14 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
         self._add_bos_token = add_bos_token
         self.model = _model(model, batch_size, max_batch_size, device, kwargs)
         self._engine = next((link for link in links(self.model) if isinstance(link, EngineBackend)), None)
+        self._plain = any(isinstance(link, CompletionsBackend) for link in links(self.model))
         if self._engine is not None and tokenizer is not None:
             raise ConfigurationError("A local model has its own tokenizer; leave tokenizer out.")
+        if tokenizer is not None and not self.model.capabilities.scores:
+            raise ConfigurationError(
+                "tokenizer is for models that read plain prompts, such as those of a completions endpoint "
+                f'(api="completions"); {self.model!r} applies a chat template of its own.'
+            )
         self._tokenizer_id = tokenizer
         self._tokenizer: Any = None
 
@@ -136,6 +143,14 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
         return self._max_length
 
     @property
+    def _readable(self) -> int:
+        """How many tokens can be read for a score: some servers read the last one, too, and want to generate one."""
+        if self._engine is None:
+            return max(1, self.max_length - 2)
+        info = self._info()
+        return min(self.max_length, max(1, info.context_length - info.scored_room))
+
+    @property
     def max_gen_toks(self) -> int:
         return self._max_gen_toks
 
@@ -161,13 +176,13 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
         return tokens
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if self.tokenizer is None:
+        if self.tokenizer is None and not self._plain:
             return Conversation.of(chat_history)
         from jinja2.exceptions import TemplateError
 
         settings = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         try:
-            text: str = self.tokenizer.apply_chat_template(chat_history, tokenize=False, **settings)
+            text: str = self._needed_tokenizer().apply_chat_template(chat_history, tokenize=False, **settings)
         except TemplateError:
             logger.warning("The chat template refuses the messages as they are; the system message is left out.")
             rest = [message for message in chat_history if message["role"] != "system"]
@@ -291,7 +306,7 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
         if not continuation:
             raise ConfigurationError("A task asks for the log-likelihood of a continuation that has no tokens.")
         # One more than is read: nobody asks what comes after the last one.
-        room = max(1, self.max_length + 1 - len(continuation))
+        room = max(1, self._readable + 1 - len(continuation))
         if len(context) > room:
             logger.warning("A context of %d tokens is cut to its last %d.", len(context), room)
         return Request(messages=(), score=Score(tuple(continuation), tuple(context[-room:])))
@@ -300,7 +315,7 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
         windows: Iterator[tuple[list[int], list[int]]] = get_rolling_token_windows(
             token_list=self.tok_encode(text),
             prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length,
+            max_seq_len=self._readable,
             context_len=1,
         )
         return [make_disjoint_window(window) for window in windows]
@@ -319,7 +334,7 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
                 raise ConfigurationError(
                     f"A task asks for {params['max_tokens']} tokens, and the model's context has {self.max_length}."
                 )
-            tokens = self.tok_encode(context)
+            tokens = self.tok_encode(context) or [self.prefix_token_id]
             if len(tokens) > room:
                 logger.warning("A prompt of %d tokens is cut to its last %d.", len(tokens), room)
             extra: Tokens = {"prompt_token_ids": tokens[-room:]}

@@ -119,7 +119,8 @@ class MLXModel(LocalModel):
 
     A ``max_tokens`` that does not fit into the context is clipped to what does, which shows as finish_reason
     ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``cache_salt``,
-    ``ignore_eos`` and ``chat_template_kwargs``. ``usage`` counts every generated token, an end-of-text token and those
+    ``ignore_eos``, ``chat_template_kwargs`` and ``prompt_token_ids``, which are read in place of the messages. It does
+    not ``score`` given continuations. ``usage`` counts every generated token, an end-of-text token and those
     that a stop sequence cuts off included; ``logprobs`` has an entry for each but those whose text was all cut off.
     """
 

@@ -145,7 +145,9 @@ class VLLMModel(LocalModel):
 
     ``temperature`` goes up to 2, and from 0 to 0.01 it is 0.01. ``usage.cached_tokens`` says what vLLM's prefix cache
     knew: with ``isolate_agents`` that is what the agent said itself; ``extra["cache_salt"]`` divides it by any word.
-    ``extra`` takes ``cache_salt``, ``ignore_eos`` and ``chat_template_kwargs``.
+    ``extra`` takes ``cache_salt``, ``ignore_eos``, ``chat_template_kwargs`` and ``prompt_token_ids``, which are read in
+    place of the messages. ``score`` has vLLM compute the log-probabilities of the whole prompt, without its prefix
+    cache.
     """
 
     def __init__(

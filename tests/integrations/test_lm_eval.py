@@ -200,8 +200,22 @@ def test_a_completions_endpoint_in_tokens(server: Server, tmp_path: Path) -> Non
     assert rolled == [sum(logprob_of(f" {token}") for token in lm.tok_encode("abcdefghijkl"))]
     prompts = [request.json()["prompt"] for request in place.seen().requests]
     assert prompts[0] == ids
-    assert max(len(prompt) for prompt in prompts[1:3]) == 9
-    assert prompts[3] == chat == "<|start|>user\nHi<|end|><|start|>assistant\n"
+    assert max(len(prompt) for prompt in prompts[1:-1]) == 7  # and one is generated
+    assert prompts[-1] == chat == "<|start|>user\nHi<|end|><|start|>assistant\n"
+
+
+def test_a_completions_endpoint_has_no_template(server: Server) -> None:
+    """A chat template cannot be left to a server that has none; the sentence says what is missing."""
+    model = OpenAIModel("m", api_base=f"{server.script().url}/v1", api_key="k", api="completions")
+    with pytest.raises(ConfigurationError, match="has no tokenizer here"):
+        AsyncModelsLM(model).apply_chat_template([{"role": "user", "content": "Hi"}])
+
+
+def test_a_tokenizer_beside_the_providers_own() -> None:
+    """A chat model applies its own template: prompts that were made of tokens here would be wrapped a second time."""
+    backend = ScriptedBackend(reply, capabilities=Capabilities())
+    with pytest.raises(ConfigurationError, match="tokenizer is for models that read plain prompts"):
+        AsyncModelsLM(Model(backend), tokenizer="somewhere")
 
 
 # -- caches and errors ------------------------------------------------------------------------------------------------

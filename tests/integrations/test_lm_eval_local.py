@@ -111,6 +111,8 @@ def test_plain_prompts_are_generated_from(lm: AsyncModelsLM, hf: Any) -> None:
     chance = random.Random(2)
     kwargs = {"until": ["Q"], "max_gen_toks": 20, "do_sample": False}
     requests = [asking("generate_until", some_text(chance, length), kwargs) for length in (3, 50, 90, 230)]
+    (nothing,) = lm.generate_until([asking("generate_until", "", kwargs)], disable_tqdm=True)
+    assert nothing == lm.generate_until([asking("generate_until", "<|start|>", kwargs)], disable_tqdm=True)[0]
     requests.append(asking("generate_until", some_text(chance, 300), {**kwargs, "max_gen_toks": 30}))
 
     assert [len(lm.tok_encode(request.args[0])) > 226 for request in requests] == [False, False, False, True, True]
