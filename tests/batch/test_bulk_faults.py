@@ -1,0 +1,67 @@
+"""A provider that stumbles at each step of a batch: every item gets its answer all the same, and is paid for once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from asyncmodels import Model, Retry
+from tests.batch.bulk_provider import asked, contents, model_at, quick
+from tests.server.batches import Fault, Provider, running_provider
+
+STEPS = (("POST", "/files"), ("POST", "/batches"), ("GET", "/batches/"), ("GET", "/files/"))
+STUMBLES = {
+    "429": {"status": 429, "headers": {"retry-after": "0.02"}},
+    "500": {"status": 500},
+    "500 after it was done": {"status": 500, "acts": True},
+    "closed": {"status": 0},
+    "closed after it was done": {"status": 0, "acts": True},
+    "cut": {"acts": True, "cut": True},
+    "503 in HTML": {"status": 503, "body": "<html>"},
+}
+
+
+@pytest.fixture
+def provider() -> Iterator[Provider]:
+    with running_provider() as started:
+        yield started
+
+
+def patient(provider: Provider) -> Model:
+    retry = partial(Retry, attempts=8, wait_initial=0.001, wait_max=0.01)
+    return model_at(provider, retry=retry)
+
+
+@pytest.mark.parametrize("step", STEPS, ids=" ".join)
+@pytest.mark.parametrize("stumble", STUMBLES)
+async def test_each_step_may_fail(provider: Provider, tmp_path: Path, step: tuple[str, str], stumble: str) -> None:
+    """Twice in a row, in each way; what was done in silence is found, not done again."""
+    provider.faults = [Fault(*step, **STUMBLES[stumble]) for _ in range(2)]  # type: ignore[arg-type]  # of one table
+    async with patient(provider) as model:
+        items = await model.map(asked(4), mode=quick(settle=0.01), journal=tmp_path / "run.sqlite").results()
+    assert contents(items) == [f"answer to prompt {number}" for number in range(4)]
+    assert set(provider.paid.values()) == {1}
+    found_at_once = step == ("POST", "/batches") and "acts" in STUMBLES[stumble]
+    assert len(provider.faults) == found_at_once
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_all_may_fail_at_once(provider: Provider, tmp_path: Path, seed: int) -> None:
+    """A storm of stumbles over many batches, in order or not."""
+    chance = random.Random(seed)
+    provider.polls = 3
+    provider.faults = [
+        Fault(*chance.choice(STEPS), **chance.choice([*STUMBLES.values()]), after=chance.randrange(4))  # type: ignore[arg-type]  # of one table
+        for _ in range(25)
+    ]
+    mode = quick(max_requests=5, at_once=4, settle=0.02)
+    async with patient(provider) as model:
+        items = await model.map(
+            asked(40), mode=mode, journal=tmp_path / "run.jsonl", ordered=chance.random() < 0.5
+        ).results()
+    assert contents(items) == [f"answer to prompt {number}" for number in range(40)]
+    assert set(provider.paid.values()) == {1}
