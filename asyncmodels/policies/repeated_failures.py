@@ -207,7 +207,7 @@ def _hint(request: Request) -> int:
     """The same for equal requests, and different for most others."""
     messages = request.messages
     content = messages[-1].content if messages else None
-    return hash((len(messages), content if isinstance(content, str) else None))
+    return hash((len(messages), content if isinstance(content, str) else None, request.score))
 
 
 def _key(request: Request) -> bytes | None:
