@@ -32,7 +32,7 @@ def provider() -> Iterator[Provider]:
 
 
 def patient(provider: Provider) -> Model:
-    retry = partial(Retry, attempts=8, wait_initial=0.001, wait_max=0.01)
+    retry = partial(Retry, attempts=30, wait_initial=0.001, wait_max=0.01)
     return model_at(provider, retry=retry)
 
 
