@@ -9,6 +9,8 @@ import pytest
 from asyncmodels.backend import Capabilities
 from asyncmodels.errors import InvalidRequestError, InvalidResponseError, UnsupportedError
 from asyncmodels.identity import is_sampled, question
+from asyncmodels.local.mlx import MLXBackend
+from asyncmodels.local.vllm import VLLMBackend
 from asyncmodels.model import Model
 from asyncmodels.policies.cache import Cache
 from asyncmodels.policies.limit_estimate import Estimator
@@ -177,3 +179,8 @@ def test_a_score_is_counted_where_tokens_are() -> None:
 def test_the_sync_face_scores_too() -> None:
     """Scripts without a loop get the same value."""
     assert model(PARIS).sync.score("Hello", " there").logprob == -0.75
+
+
+def test_mlx_models_say_that_they_cannot() -> None:
+    """Of the local engines the one on MLX has no scores, and says so."""
+    assert (VLLMBackend.capabilities.scores, MLXBackend.capabilities.scores) == (True, False)

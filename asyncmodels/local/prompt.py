@@ -161,8 +161,9 @@ class PromptEncoder:
             return _Written(prompt, None, None, scored=scored)
         ids = prompt_tokens(request)
         if ids:
-            return _Written(checked_tokens(tokenizer, ids), _content_grammar(request), None)
-        written = self._write_messages(tokenizer, reader, request, streaming)
+            written = _Written(checked_tokens(tokenizer, ids), _content_grammar(request), None)
+        else:
+            written = self._write_messages(tokenizer, reader, request, streaming)
         if request.score is None:
             return written
         if written.images is not None:

@@ -148,7 +148,9 @@ async def test_messages_go_through_the_template(tiny_model: Path, reference: Any
     ids = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in (prompt, "there")]
     async with TransformersModel(str(tiny_model), torch_dtype="float32") as model:
         found = await model.score(messages, "there")
+        given = await model.score(messages, "there", extra={"prompt_token_ids": ids[0]})
 
+    assert given.logprob == pytest.approx(found.logprob, abs=1e-4)
     assert found.logprob == pytest.approx(sum(reference(*ids)), abs=1e-4)
     assert found.response.usage is not None
     assert found.response.usage.input_tokens == len(ids[0]) + len(ids[1]) - 1
