@@ -39,7 +39,7 @@ class Prepared:
         self.rows, self.piped, self.prompts = _input(options)
         self.feed: Feed | None = None
         try:
-            self.place = None if options.output in (None, "-") else Path(options.output).expanduser()
+            self.place = None if options.output in (None, "-") else Path(os.path.expanduser(options.output))
             if self.place is not None and self.place.is_dir():
                 raise UsageError(f"{self.place} is a folder; -o needs the name of a file.")
             self.journal = _journal(options, self.place)
@@ -104,7 +104,7 @@ class Prepared:
     def _check_files(self) -> None:
         """None of the three may be one of the others."""
         options = self.options
-        files = {"the input": None if options.input == "-" else Path(options.input).expanduser()}
+        files = {"the input": None if options.input == "-" else Path(os.path.expanduser(options.input))}
         files |= {"the output": self.place, "the journal": None if self.journal is None else self.journal.path}
         seen: dict[str, str] = {}
         for what, path in files.items():
@@ -159,7 +159,7 @@ def _text(argument: str | None, option: str) -> str | None:
 
 def _read(path: str, option: str) -> str:
     try:
-        return Path(path).expanduser().read_text("utf-8-sig")
+        return Path(os.path.expanduser(path)).read_text("utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path}, which {option} names, cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
@@ -191,7 +191,7 @@ def _journal(options: argparse.Namespace, output: Path | None) -> FileJournal | 
             raise UsageError("--no-journal leaves nothing for --journal, --resume or --ask-changed.")
         return None
     if options.journal:
-        path = Path(options.journal).expanduser()
+        path = Path(os.path.expanduser(options.journal))
     elif output is not None:
         path = output.with_name(f"{output.name}.sqlite")
     elif options.resume:

@@ -120,10 +120,21 @@ def _rows(path: str, name: str, file: BinaryIO, format: Format | None, delimiter
     if found == "csv":
         return _CSV(name, lines, delimiter or ("\t" if suffix == ".tsv" else ","))
     if found == "jsonl" or (found is None and begin.lstrip().startswith(b"{")):
-        if begin.strip() == b"[" or begin.lstrip().startswith(b"[{"):
+        if _is_array(begin):
             raise UsageError(f"{name} is one JSON array; JSON lines are needed, an object on each line.")
         return _JSONLines(name, lines)
     return _PlainLines(name, lines)
+
+
+def _is_array(begin: bytes) -> bool:
+    """Whether a first line is the beginning of one array of everything, and not a list of messages."""
+    if not begin.lstrip().startswith(b"["):
+        return False
+    try:
+        value = json.loads(begin)
+    except (ValueError, RecursionError):
+        return begin.strip() in (b"[", b"[{") or not begin.rstrip().endswith(b"]")
+    return not value or not isinstance(value[0], dict) or "role" not in value[0]
 
 
 def _opened(path: str) -> tuple[str, BinaryIO]:
@@ -136,7 +147,7 @@ def _opened(path: str) -> tuple[str, BinaryIO]:
         except (OSError, io.UnsupportedOperation):  # some other object in its place
             return "standard input", sys.stdin.buffer
     try:
-        return path, open(Path(path).expanduser(), "rb")  # open for as long as the program asks
+        return path, open(os.path.expanduser(path), "rb")  # open for as long as the program asks
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,7 @@ def _levels(text: str) -> list[int]:
 
 
 def _svg(text: str) -> Path:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.suffix.lower() != ".svg":
         raise argparse.ArgumentTypeError(f"the plot is written as .svg, which browsers show, not as {text!r}")
     return path

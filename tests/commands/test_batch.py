@@ -106,6 +106,33 @@ def test_csv_with_a_template() -> None:
 
 
 @pytest.mark.usefixtures("place")
+def test_lists_of_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    """A first line that is a list of messages is one; that of an array of everything is not taken for it."""
+    assert main(["batch", wrote("in.jsonl", [{"role": "user", "content": "one"}]), "-o", "out.jsonl"]) == 0
+    assert contents("out.jsonl") == {"0": "one"}
+    capsys.readouterr()
+    for text in (
+        '[{"prompt": "x"}, {"prompt": "y"}]',
+        '[{"prompt": "x"},\n{"prompt": "y"}]',
+        "[\n1]",
+        '[{\n"prompt": "x"}]',
+        "[]",
+    ):
+        Path("in.json").write_text(text)
+        assert main(["batch", "in.json"]) == 2
+        assert "in.json is one JSON array" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("place")
+def test_halves_of_characters() -> None:
+    """JSON can hold what no encoding can: it is asked and written as far as that goes, and the rest goes on."""
+    Path("in.jsonl").write_text('{"id": "\\ud800", "prompt": "a \\udfff"}\n{"id": "b", "prompt": "b"}\n')
+    assert main(["batch", "in.jsonl", "-o", "out.jsonl"]) in (0, 1)
+    assert {row["id"] for row in lines("out.jsonl")} == {"\ud800", "b"}
+    assert contents("out.jsonl")["b"] == "b"
+
+
+@pytest.mark.usefixtures("place")
 def test_other_tables() -> None:
     """Tabs by the suffix, any delimiter by its option, columns by theirs, and a template from a file."""
     Path("in.tsv").write_text("name\tprompt\nx\tone\ny\ttwo\n")
