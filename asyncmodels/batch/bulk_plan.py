@@ -76,7 +76,7 @@ class BulkPlan:
         )
 
 
-async def warn_of_batches(journal: Journal | None) -> None:
+async def warn_of_batches(journal: object) -> None:
     """Says which batches a run of calls leaves alone, although it may ask, and pay for, what is in them."""
     if isinstance(journal, BulkJournal) and (notes := await journal.batches()):
         known = ", ".join(note.batch for note in notes if note.batch is not None)

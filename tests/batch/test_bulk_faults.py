@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests.batch.bulk_provider import asked, contents, model_at, quick
 from tests.server.batches import Fault, Provider, running_provider
 
 STEPS = (("POST", "/files"), ("POST", "/batches"), ("GET", "/batches/"), ("GET", "/files/"))
-STUMBLES = {
+STUMBLES: dict[str, dict[str, Any]] = {
     "429": {"status": 429, "headers": {"retry-after": "0.02"}},
     "500": {"status": 500},
     "500 after it was done": {"status": 500, "acts": True},
@@ -40,7 +41,7 @@ def patient(provider: Provider) -> Model:
 @pytest.mark.parametrize("stumble", STUMBLES)
 async def test_each_step_may_fail(provider: Provider, tmp_path: Path, step: tuple[str, str], stumble: str) -> None:
     """Twice in a row, in each way; what was done in silence is found, not done again."""
-    provider.faults = [Fault(*step, **STUMBLES[stumble]) for _ in range(2)]  # type: ignore[arg-type]  # of one table
+    provider.faults = [Fault(*step, **STUMBLES[stumble]) for _ in range(2)]
     async with patient(provider) as model:
         items = await model.map(asked(4), mode=quick(settle=0.01), journal=tmp_path / "run.sqlite").results()
     assert contents(items) == [f"answer to prompt {number}" for number in range(4)]
@@ -55,7 +56,7 @@ async def test_all_may_fail_at_once(provider: Provider, tmp_path: Path, seed: in
     chance = random.Random(seed)
     provider.polls = 3
     provider.faults = [
-        Fault(*chance.choice(STEPS), **chance.choice([*STUMBLES.values()]), after=chance.randrange(4))  # type: ignore[arg-type]  # of one table
+        Fault(*chance.choice(STEPS), **chance.choice([*STUMBLES.values()]), after=chance.randrange(4))
         for _ in range(25)
     ]
     mode = quick(max_requests=5, at_once=4, settle=0.02)

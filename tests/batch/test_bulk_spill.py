@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def test_requests_come_back_as_they_were(spill: Spill) -> None:
         entry(0, max_tokens=3, extra={"a": [1, 2]}),
         entry(1, response_format=dict[str, int], tools=[tool]),
         entry(2, metadata={"kind": Local, "function": tool}),
-        entry(3, metadata={"lock": local, "generator": (n for n in ())}),
+        entry(3, metadata={"lock": local, "unpicklable": threading.Lock()}),
     ]
     spill.add(Row(1, each) for each in given)
     taken = [each.what for each in spill.of_part(1, 10)]
