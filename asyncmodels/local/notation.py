@@ -58,7 +58,7 @@ class Keys:
 @dataclass(frozen=True, slots=True)
 class Notation:
     """One model's. At most one of ``template`` (a response template), ``native``, ``answers`` and ``json`` tells of its
-    calls.
+    calls; ``answers`` may tell of the reasoning alone, beside one of the others.
 
     ``json`` says that its own calls are written as ours are.
     """
@@ -73,8 +73,12 @@ class Notation:
     def calls(self) -> bool:
         """Whether the model's own calls can be read."""
         declared = self.template is not None and "tool_calls" in self.template["fields"]
-        answered = self.answers is not None and self.answers.calls
-        return declared or answered or self.native is not None or self.json
+        return declared or self._answers_call or self.native is not None or self.json
+
+    @property
+    def _answers_call(self) -> bool:
+        """Whether the runtime's parser of answers reads calls."""
+        return self.answers is not None and self.answers.calls
 
     @property
     def _reasons(self) -> bool:
@@ -108,7 +112,7 @@ class Notation:
         self, tokenizer: Any, prompt: str, tools: list[dict[str, Any]], runtimes: Runtimes | None = None
     ) -> AnswerParser:
         """Reads an answer with calls in the model's own notation."""
-        if runtimes is not None:
+        if runtimes is not None and self._answers_call:
             calls = runtimes(tools)
             own = self.thought is not None and not self._reasons
             return ThoughtFirst(self._regions(tokenizer, prompt, None), calls) if own else calls
@@ -155,23 +159,24 @@ def notation_of(tokenizer: Any, native: Native | None = None) -> Notation:
     thought = _THOUGHT if _THOUGHT.open in text and _THOUGHT.close in text else None
     if thought is None and native.thought is not None:
         thought = Region(*native.thought)
-    if native.answers is not None and native.answers.chosen:
-        return Notation(thought, answers=native.answers)
+    answers = native.answers if native.answers is not None and native.answers.chosen else None
+    if answers is not None and answers.calls:
+        return Notation(thought, answers=answers)
     readable = hasattr(tokenizer, "get_response_parser")
     declared = getattr(tokenizer, "response_template", None)
     if declared is not None and readable:
-        return Notation(_thought(declared), template=declared)
+        return Notation(_thought(declared), template=declared, answers=answers)
     if native.calls is not None:
-        return Notation(thought, native=native.calls)
-    if native.answers is not None:
+        return Notation(thought, native=native.calls, answers=answers)
+    if native.answers is not None and answers is None:
         return Notation(thought, answers=native.answers)
     for row in ROWS:
         if row.fits(text):
             if row.template is None:
-                return Notation(thought, json=True)
+                return Notation(thought, json=True, answers=answers)
             if readable:
-                return Notation(_thought(row.template), template=row.template)
-    return Notation(thought)
+                return Notation(_thought(row.template), template=row.template, answers=answers)
+    return Notation(thought, answers=answers)
 
 
 def _thought(template: Mapping[str, Any]) -> Region | None:

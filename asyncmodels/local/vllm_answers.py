@@ -25,9 +25,10 @@ def vllm_answers(tokenizer: Any, settings: Mapping[str, Any]) -> VLLMAnswers | N
 
     Raises ModelLoadError for a name that vLLM has not, and for parsers that are named and do not suit the tokenizer.
     """
-    names = named(
+    wanted = named(
         settings, calls=ToolParserManager.list_registered(), reasoning=ReasoningParserManager.list_registered()
-    ) or names_for(_template(tokenizer))
+    )
+    names = names_for(_template(tokenizer), wanted)
     if names is None:
         return None
     try:

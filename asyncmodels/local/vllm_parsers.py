@@ -58,10 +58,22 @@ _ROWS = (
 )
 
 
-def names_for(chat_template: str) -> Names | None:
-    """The parsers for a model with this template; None where vLLM has none that we know of."""
-    row = next((row for row in _ROWS if row.fits(chat_template)), None)
-    return None if row is None else Names(row.calls, row.reasoning)
+_JSON = _Row(("<tool_call>", "</tool_call>"), "hermes")
+"""What is read without vLLM, unless its parsers are wanted for the reasoning."""
+
+
+def names_for(chat_template: str, wanted: Names | None = None) -> Names | None:
+    """The parsers for a model with this template; None where vLLM has none that we know of.
+
+    Those that are ``wanted`` come first, and are completed by what suits the template.
+    """
+    rows = _ROWS if wanted is None else (*_ROWS, _JSON)
+    row = next((row for row in rows if row.fits(chat_template)), None)
+    if wanted is None:
+        return None if row is None else Names(row.calls, row.reasoning)
+    if row is None:
+        return wanted
+    return Names(wanted.calls or row.calls, wanted.reasoning or row.reasoning, chosen=True)
 
 
 def named(settings: Mapping[str, Any], *, calls: Iterable[str], reasoning: Iterable[str]) -> Names | None:

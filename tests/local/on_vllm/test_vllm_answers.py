@@ -211,6 +211,26 @@ def test_parsers_that_are_named(names: dict[str, str], text: str, expected: Any,
     assert read(make(answers, streaming=streaming), tokenizer, text) == expected
 
 
+@pytest.mark.parametrize("template", ["<tool_call></tool_call>", ""])
+async def test_a_parser_of_reasoning_alone(template: str) -> None:
+    """Beside a parser that is named for the reasoning calls are read, too: by vLLM's, or in our own notation."""
+    tokenizer = tokenizer_with(template)
+    encoder = PromptEncoder(tokenizer, native=Native(answers=answers_of(tokenizer, reasoning_parser="deepseek_r1")))
+    asked = (Message("user", "look"),)
+    called = (await encoder.prepare(Request(messages=asked, tools=(LOOK,)))).parser
+    plain = (await encoder.prepare(Request(messages=asked))).parser
+    encoder.close()
+    thought = "<think>Hm.</think>" if template else ""
+    assert called is not None
+    assert read(called, tokenizer, f"{thought}<tool_call>{JSON}</tool_call>") == (
+        "",
+        "Hm." if template else "",
+        [PARIS],
+    )
+    assert plain is not None
+    assert read(plain, tokenizer, "<think>Hm.</think>Yes.") == ("Yes.", "Hm.", [])
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_reasoning_that_the_prompt_has_closed(streaming: bool) -> None:
     """Behind a prompt that has ended the reasoning everything is content."""
