@@ -83,7 +83,7 @@ class Summary:
         for counter, name in ((self.models, record.model), (self.endings, record.finish_reason)):
             if name is not None:
                 counter[name if name in counter or len(counter) < 20 else _OTHERS] += 1
-        if record.question is not None and not record.cached:
+        if record.error is None and not record.cached:
             self._time(record)
         tokens = (record.input_tokens or 0, record.output_tokens or 0)
         if record.input_tokens is None and record.error is None:
