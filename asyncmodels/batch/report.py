@@ -52,9 +52,10 @@ def write_report(
     at ``price``, or in the list that is installed.
 
     It may be called while a run writes to the journal; it blocks, so an event loop gives it to ``asyncio.to_thread``.
-    Memory does not grow with the number of items, beyond about 30 bytes for each of ``rows``. The page appears once it
-    is whole. Raises JournalError where the journal cannot be read, or the page cannot be written, or exists and
-    ``overwrite`` does not say that it may go; ConfigurationError for ``rows`` that make no sense.
+    Memory does not grow with the number of items, beyond about 30 bytes for each of ``rows`` and, for a journal in
+    JSONL, the ids of all items. The page appears once it is whole. Raises JournalError where the journal cannot be
+    read, or the page cannot be written, or exists and ``overwrite`` does not say that it may go; ConfigurationError for
+    ``rows`` that make no sense.
     """
     if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= _MOST_ROWS:
         raise ConfigurationError(f"rows must be a whole number from 0 to {_MOST_ROWS:,}, not {rows!r}.")
