@@ -11,23 +11,16 @@ import gc
 import queue
 import threading
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from asyncmodels.clock import Clock
-from asyncmodels.errors import (
-    AsyncModelsError,
-    CallTimeoutError,
-    ClosedError,
-    EngineDeadError,
-    EngineError,
-    ModelLoadError,
-)
+from asyncmodels.local.engine_errors import closed_error, dead_error, load_error, memory_error, row_error
 from asyncmodels.local.host import Place
 from asyncmodels.local.job import Job
+from asyncmodels.local.jobs import Jobs
 from asyncmodels.local.notation import Keys, Native
 from asyncmodels.local.out_of_memory import out_of_memory
 from asyncmodels.local.prompt import PromptEncoder
@@ -42,11 +35,10 @@ from asyncmodels.local.runner import (
     Scores,
 )
 from asyncmodels.local.scheduler import Scheduler
-from asyncmodels.local.sequence import Sequence, State
-from asyncmodels.local.signals import OneShot, Outbox
+from asyncmodels.local.sequence import Sequence
+from asyncmodels.local.signals import OneShot
 from asyncmodels.local.tally import Tally
 from asyncmodels.local.watch import StepWatch
-from asyncmodels.types import Delta, FinishReason, Timing, Usage, evolve
 
 __all__ = ["Ready", "Worker", "WorkerSettings", "restart_pause"]
 
@@ -133,9 +125,7 @@ class Worker:
         self._listening = True
         self._closing = threading.Event()
         self._runner: Runner | None = None
-        self._jobs: dict[Sequence, Job] = {}
-        self._loops: Counter[Any] = Counter()
-        self._outbox = Outbox()
+        self._jobs = Jobs(settings.model_id, tally)
         self._watch = StepWatch(settings.name, settings.stuck_after, settings.clock, self._activity)
         self._thread = threading.Thread(target=self._run, name=f"asyncmodels-{settings.name}", daemon=True)
 
@@ -163,7 +153,7 @@ class Worker:
         """Has the thread end after its present step: every request that it has fails with a ClosedError."""
         self._closing.set()
         if not self.ready.done:
-            self.ready.fail(_closed())
+            self.ready.fail(closed_error())
         self._put(_Close())
 
     def runtime_statistics(self) -> Mapping[str, float]:
@@ -234,20 +224,21 @@ class Worker:
         )
         _settle()
         ready = Ready(info, encoder, scheduler)
+        self._jobs.scheduler = scheduler
         self.ready.set(ready)
         return ready
 
     def _serve(self, runner: Runner, ready: Ready) -> None:
         scheduler = ready.scheduler
         while True:
-            self._outbox.flush()
+            self._jobs.outbox.flush()
             leaving = self._read_inbox(scheduler, sleep=not runner.waits)
             if self._closing.is_set():
                 return
-            leaving += self._sweep_closed_loops(scheduler)
-            self._expire(scheduler)
+            leaving += self._jobs.cancel_closed_loops()
+            self._jobs.expire(self.settings.clock.time())
             if leaving or scheduler.running or scheduler.queued or runner.waits:
-                self._outbox.flush()  # a turn may be long in coming
+                self._jobs.outbox.flush()  # a turn may be long in coming
                 with self._turns:
                     self._round(leaving, runner, ready)
 
@@ -263,7 +254,7 @@ class Worker:
             self._watch.began()
         elif not runner.waits:
             return
-        self._outbox.flush()  # a step may wait
+        self._jobs.outbox.flush()  # a step may wait
         try:
             outputs = runner.step()
         except RunnerLostError:
@@ -291,31 +282,14 @@ class Worker:
                 return leaving
             block = False
             if isinstance(command, Job):
-                self._jobs[command.sequence] = command
-                self._loops[command.handle.loop] += 1
-                scheduler.add(command.sequence)
-            elif isinstance(command, _Cancel) and command.sequence in self._jobs:
-                self.tally.cancelled += 1
-                leaving += self._drop(command.sequence, scheduler)
-
-    def _sweep_closed_loops(self, scheduler: Scheduler) -> list[Sequence]:
-        leaving: list[Sequence] = []
-        for loop in [loop for loop in self._loops if loop.is_closed()]:
-            for sequence in [sequence for sequence, job in self._jobs.items() if job.handle.loop is loop]:
-                self.tally.cancelled += 1
-                leaving += self._drop(sequence, scheduler)
-        return leaving
-
-    def _expire(self, scheduler: Scheduler) -> None:
-        for sequence in scheduler.expired(self.settings.clock.time()):
-            self.tally.expired += 1
-            error = CallTimeoutError("The call's timeout ran out in the engine's queue.")
-            self._fail(self._jobs[sequence], error, scheduler)
+                self._jobs.add(command)
+            elif isinstance(command, _Cancel):
+                leaving += self._jobs.cancel(command.sequence)
 
     def _start(self, started: list[Sequence], runner: Runner, ready: Ready) -> None:
         for sequence in started:
             job = self._jobs[sequence]
-            job.ticket.release(self._outbox.post)
+            job.ticket.release(self._jobs.outbox.post)
             if job.detokenizer is None:
                 special = job.parser is not None and job.parser.special_tokens
                 job.detokenizer = ready.info.detokenizer(special_tokens=special)
@@ -338,7 +312,7 @@ class Worker:
             try:
                 ended = self._take_one(output, job, ready, now)
             except Exception as error:  # whatever breaks while one request is looked at breaks that request alone
-                self._fail(job, _row_error(error), ready.scheduler)
+                self._jobs.fail(job, row_error(error))
                 ended = True
             if ended:
                 done.append(output.sequence)
@@ -350,16 +324,16 @@ class Worker:
 
     def _take_one(self, output: Output, job: Job, ready: Ready, now: float) -> bool:
         if isinstance(output, Failed):
-            self._fail(job, _row_error(output.error), ready.scheduler)
+            self._jobs.fail(job, row_error(output.error))
             return True
         if isinstance(output, Ended):
-            self._finish(job, job.end(output.reason), ready.scheduler, now)
+            self._jobs.finish(job, job.end(output.reason), now)
             return True
         if isinstance(output, Scores):
             job.score(output, lambda token: ready.info.tokenizer.decode([token]))
             self.tally.scored(output.sequence)
             ready.scheduler.scored(output.sequence)
-            self._finish(job, "stop", ready.scheduler, now)
+            self._jobs.finish(job, "stop", now)
             return True
         self.tally.token(output.sequence, now)
         ready.scheduler.token(output.sequence, output.token, now)
@@ -367,46 +341,10 @@ class Worker:
         if reason is None:
             delta = job.drain() if job.streaming else None
             if delta is not None:
-                self._outbox.post(job.handle.loop, job.handle.deliver, delta, False)
+                self._jobs.outbox.post(job.handle.loop, job.handle.deliver, delta, False)
             return False
-        self._finish(job, reason, ready.scheduler, now)
+        self._jobs.finish(job, reason, now)
         return True
-
-    def _finish(self, job: Job, reason: FinishReason, scheduler: Scheduler, now: float) -> None:
-        sequence = job.sequence
-        started = now if sequence.started_at is None else sequence.started_at
-        first = now if sequence.first_token_at is None else sequence.first_token_at
-        delta = evolve(
-            job.drain() or Delta(),
-            finish_reason=reason,
-            usage=Usage(len(sequence.prompt), len(sequence.output), sequence.cached, job.reasoning_tokens),
-            model=self.settings.model_id,
-            id=sequence.id,
-            timing=Timing(
-                queued=started - sequence.queued_at, first_token=first - sequence.queued_at, service=now - started
-            ),
-        )
-        self.tally.finished += 1
-        self.tally.restarts_in_a_row = 0
-        self._drop(sequence, scheduler)
-        self._outbox.post(job.handle.loop, job.handle.deliver, delta, True)
-
-    def _fail(self, job: Job, error: Exception, scheduler: Scheduler | None) -> None:
-        self.tally.failed += 1
-        self._drop(job.sequence, scheduler)
-        self._outbox.post(job.handle.loop, job.handle.fail, error)
-
-    def _drop(self, sequence: Sequence, scheduler: Scheduler | None) -> list[Sequence]:
-        """Forgets a sequence. Returns it in a list when the runner has it and must forget it, too."""
-        job = self._jobs.pop(sequence)
-        job.ticket.end(self._outbox.post)
-        self._loops[job.handle.loop] -= 1
-        if not self._loops[job.handle.loop]:
-            del self._loops[job.handle.loop]
-        was_running = sequence.state is State.RUNNING
-        if scheduler is not None:
-            scheduler.remove(sequence)
-        return [sequence] if was_running else []
 
     # -- disasters ----------------------------------------------------------------------------------------------------
 
@@ -420,8 +358,8 @@ class Worker:
             runner.reset()
             self._put_back(dict.fromkeys(scheduler.rows(), cause), runner, scheduler)
             return
-        self._fail_all(lambda: _dead(cause), scheduler)
-        self._outbox.flush()
+        self._jobs.fail_all(lambda: dead_error(cause))
+        self._jobs.outbox.flush()
         if self.tally.restarts_in_a_row >= self.settings.max_restarts:
             raise cause
         self._closing.wait(restart_pause(self.tally.restarts_in_a_row))
@@ -437,19 +375,15 @@ class Worker:
         for sequence, cause in reversed(list(starved.items())):
             hopeless = sequence.requeued >= (1 if alone else _MOST_REQUEUES)
             if hopeless or (sequence.output and not runner.resumes):
-                self._fail(self._jobs[sequence], _starved(cause), scheduler)
+                self._jobs.fail(self._jobs[sequence], memory_error(cause))
                 continue
             try:
                 if isinstance(sequence.constraint, Restarts):
                     sequence.constraint.restart(sequence.output)
             except Exception as error:
-                self._fail(self._jobs[sequence], _row_error(error), scheduler)
+                self._jobs.fail(self._jobs[sequence], row_error(error))
             else:
                 scheduler.requeue(sequence)
-
-    def _fail_all(self, make: Callable[[], Exception], scheduler: Scheduler | None) -> None:
-        for job in list(self._jobs.values()):
-            self._fail(job, make(), scheduler)
 
     def _end(self, reason: BaseException | None, runner: Runner | None, ready: Ready | None) -> None:
         with self._lock:
@@ -459,13 +393,12 @@ class Worker:
         while not self._inbox.empty():
             command = self._inbox.get()
             if isinstance(command, Job):
-                self._jobs[command.sequence] = command
-                self._loops[command.handle.loop] += 1
+                self._jobs.add(command)
         if ready is not None:
             ready.encoder.close()
         # At once: the runtime may take a while to go away. Only those who come again until then wait for that.
-        self._fail_all(lambda: _closed() if reason is None else _dead(reason), ready.scheduler if ready else None)
-        self._outbox.flush()
+        self._jobs.fail_all(lambda: closed_error() if reason is None else dead_error(reason))
+        self._jobs.outbox.flush()
         if runner is not None:
             try:
                 with self._turns:
@@ -477,7 +410,7 @@ class Worker:
         # Whoever hears that loading failed may come again at once, and must find a worker that has ended.
         self.ended.set(reason)
         if not self.ready.done:
-            self.ready.fail(_load_error(self.settings.model_id, reason))
+            self.ready.fail(load_error(self.settings.model_id, reason))
         if self.settings.place is not None:
             self.settings.place.resident.gone()
 
@@ -512,41 +445,3 @@ def _settle() -> None:
     if not _settled.is_set():
         _settled.set()
         gc.collect()
-
-
-def _closed() -> ClosedError:
-    return ClosedError("The engine was closed.")
-
-
-def _dead(cause: BaseException) -> EngineDeadError:
-    error = EngineDeadError(f"The engine died while the request was with it ({type(cause).__name__}: {cause}).")
-    error.__cause__ = cause
-    return error
-
-
-def _starved(cause: Exception) -> EngineError:
-    error = EngineError(f"There is not enough memory for the request ({type(cause).__name__}: {_line(cause)}).")
-    error.__cause__ = cause
-    return error
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _row_error(cause: Exception) -> Exception:
-    if isinstance(cause, AsyncModelsError):
-        return cause
-    error = EngineError(f"The request broke inside the engine ({type(cause).__name__}: {cause}).")
-    error.__cause__ = cause
-    return error
-
-
-def _load_error(model_id: str, cause: BaseException | None) -> Exception:
-    if cause is None:
-        return _closed()
-    if isinstance(cause, AsyncModelsError):
-        return cause
-    error = ModelLoadError(f"The model {model_id!r} could not be loaded ({type(cause).__name__}: {cause}).")
-    error.__cause__ = cause
-    return error
