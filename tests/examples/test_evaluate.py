@@ -50,7 +50,7 @@ def test_scores_and_report(server: Server, tmp_path: Path) -> None:
         assert re.search(rf"^ +{kind} +\d+ +16 ", ended.stdout, re.MULTILINE)
     assert f"{len(TASK)} answers in " in ended.stdout
     page = (tmp_path / "run.html").read_text("utf-8")
-    assert "I think 1,000, no: 10." in page
+    assert page.startswith("<!doctype html>")
     again = run("openai:m", "run.sqlite", folder=tmp_path, **variables)
     assert f"{len(TASK)} of them from the journal" in again.stdout
     assert again.stdout.split("\n\n")[0] == ended.stdout.split("\n\n")[0]
