@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
+from inspect_ai._util import registry
 from inspect_ai.hooks import ApiKeyOverride, Hooks, hooks
 from inspect_ai.model import ChatMessageUser, GenerateConfig, ModelOutput, get_model
 from inspect_ai.scorer import includes
@@ -255,18 +256,13 @@ def at_model(retries: str) -> Any:
 
 
 class Keys(Hooks):
-    """Gives out one key after the other, where a test has given it some."""
+    """Gives out one key after the other."""
 
-    keys: ClassVar[list[str]] = []
-
-    def enabled(self) -> bool:
-        return bool(self.keys)
+    def __init__(self) -> None:
+        self._keys = iter(["first-key", "second-key"])
 
     def override_api_key(self, data: ApiKeyOverride) -> str | None:
-        return self.keys.pop(0) if len(self.keys) > 1 else self.keys[0]
-
-
-hooks(name="test_keys", description="Keys for tests.")(Keys)
+        return next(self._keys)
 
 
 def no_pause() -> Any:
@@ -278,7 +274,8 @@ def test_a_key_that_was_replaced_is_used_from_the_next_attempt_on(
 ) -> None:
     """Hooks of inspect_ai may bring a new key after a 401; the model, with all that it has learned, stays the same."""
     place = server.script(Answer(status=401), Answer())
-    monkeypatch.setattr(Keys, "keys", ["first-key", "second-key"])
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))  # the hook is gone after the test
+    hooks(name="keys", description="Keys for a test.")(Keys)
     model = at_place(place)
     ours = api_of(model).model
     monkeypatch.setattr(api_of(model), "retry_wait", no_pause)
