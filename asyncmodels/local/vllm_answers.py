@@ -170,6 +170,8 @@ class _Streamed(_Read):
         self._text: list[str] = []
         self._all: list[int] = []
         self._spaces = Spaces()
+        self._said = ""
+        """The content so far."""
         self._inside = False
         """Whether reasoning came last."""
         self._begun: dict[int, list[str]] = {}
@@ -231,6 +233,7 @@ class _Streamed(_Read):
             elif self._inside:
                 self._spaces.mark()
             self._inside = False
+            self._said += delta.content
             pieces.content += self._spaces.text(delta.content)
         for piece in delta.tool_calls or ():
             if piece.index not in self._begun:
@@ -266,18 +269,22 @@ class _Streamed(_Read):
         return bool(calls)
 
     def _late(self, pieces: Pieces) -> None:
-        """What is left at the end without having become a call: some parsers see it in the whole text alone."""
+        """What is left at the end without having become a call: some parsers see it in the whole text alone.
+
+        What is not even that is content, but for marks of the reasoning.
+        """
         if not self._unread.strip():
             return
+        text = "".join(self._text)
         try:
-            _, _, calls = self._parsed(self._make(), "".join(self._text), self._all)
+            new = self._parsed(self._make(), text, self._all)[2][self._numbered.count :]
+            content = self._parsed(self._make(calls=False), text, self._all)[1]
         except Exception:  # as above
-            calls = []
-        new = calls[self._numbered.count :]
+            new, content = [], text
         if new:
             self._spaces.mark()
             pieces.calls += self._numbered.deltas(new)
-        else:
+        elif content.strip() != self._said.strip():
             pieces.content += self._spaces.end() + self._unread
 
 

@@ -96,9 +96,10 @@ def answers_of(tokenizer: Any, **settings: Any) -> Any:
 
 def make(
     answers: Any, *, streaming: bool, tools: list[dict[str, Any]] | None = None, prompt: Any = (5,), **kwargs: Any
-):
+) -> AnswerParser:
     tools = TOOLS if tools is None else tools
-    return answers.parser(tools, prompt=prompt, template_kwargs=kwargs, streaming=streaming)
+    parser: AnswerParser = answers.parser(tools, prompt=prompt, template_kwargs=kwargs, streaming=streaming)
+    return parser
 
 
 def read(parser: AnswerParser, tokenizer: Any, text: str, size: int = 1) -> tuple[str, str, list[tuple[str, Any]]]:
@@ -189,6 +190,9 @@ def test_two_calls() -> None:
     [
         ({"tool_call_parser": "hermes"}, f"So: <tool_call>\n{JSON}\n</tool_call>", ("So:", "", [PARIS])),
         ({"reasoning_parser": "deepseek_r1"}, "<think>Hm.</think>Yes.", ("Yes.", "Hm.", [])),
+        ({"reasoning_parser": "deepseek_r1"}, "<think>Hm.</think>", ("", "Hm.", [])),
+        ({"reasoning_parser": "deepseek_r1"}, "<think>Hm", ("", "Hm", [])),
+        ({"reasoning_parser": "qwen3"}, "<think>Hm.\n</think>\n", ("", "Hm.", [])),
         ({"reasoning_parser": "qwen3"}, "Hm.\n</think>\n\nYes.", ("Yes.", "Hm.", [])),
         (
             {"tool_call_parser": "hermes", "reasoning_parser": "qwen3"},

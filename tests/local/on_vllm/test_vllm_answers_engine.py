@@ -27,9 +27,9 @@ async def both_ways(folder: Path, settings: dict[str, Any]) -> list[list[Respons
     """With tools and without, whole and streamed."""
     async with VLLMModel(str(folder), {**SETTINGS, **settings}, max_batch_size=2) as model:
         answers = []
-        for params in ({"tools": [LOOK]}, {}):
-            whole = await model.generate("look", **params)
-            async with model.stream("look", **params) as stream:
+        for tools in ([LOOK], []):
+            whole = await model.generate("look", tools=tools)
+            async with model.stream("look", tools=tools) as stream:
                 async for _ in stream:
                     pass
             answers.append([whole, await stream.response()])
