@@ -139,7 +139,7 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
     def max_length(self) -> int:
         """How many tokens the model can read."""
         if self._max_length is None:
-            self._max_length = _DEFAULT_LENGTH if self._engine is None else self._info().context_length
+            self._max_length = _DEFAULT_LENGTH if self._engine is None else int(self._info().context_length)
         return self._max_length
 
     @property
@@ -148,7 +148,7 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
         if self._engine is None:
             return max(1, self.max_length - 2)
         info = self._info()
-        return min(self.max_length, max(1, info.context_length - info.scored_room))
+        return min(self.max_length, max(1, int(info.context_length) - int(info.scored_room)))
 
     @property
     def max_gen_toks(self) -> int:
