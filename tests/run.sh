@@ -42,14 +42,16 @@ install() {
     fi
     # The newest litellm that there is beside openai 3 and huggingface_hub 2; named, or pip tries all that came after it.
     "$venv/bin/python" -m pip install --quiet --editable ".[openai,huggingface,bedrock,litellm,smollm,mlx,images]" \
-        --group test "huggingface_hub>=2" "litellm==1.83.0"
+        --group test --group harness "huggingface_hub>=2" "litellm==1.83.0"
     # Some tests hand smolagents' own objects over. Its import needs python-dotenv; the rest of what it asks for is here.
     "$venv/bin/python" -m pip install --quiet python-dotenv
     "$venv/bin/python" -m pip install --quiet --no-deps "smolagents>=1.26,<2"
-    # The cache is tested against a real Redis where there may be one.
-    if ! command -v redis-server >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        apt-get install -y -qq redis-server >/dev/null 2>&1 || say "no redis-server: its tests are skipped"
-    fi
+    # The cache is tested against a real Redis, and reports in a real browser, where there may be one.
+    for program in redis-server chromium; do
+        if ! command -v "$program" >/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+            apt-get install -y -qq "$program" >/dev/null 2>&1 || say "no $program: its tests are skipped"
+        fi
+    done
     # What cannot live beside those: the newest litellm, with an older huggingface_hub, and aiobotocore without aioboto3.
     "$python" -m venv "$venv/apart"
     "$venv/apart/bin/python" -m pip install --quiet --upgrade "pip>=25.1"
