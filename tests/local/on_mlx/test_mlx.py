@@ -212,8 +212,10 @@ async def test_quantised_keys_and_values(tmp_path: Path) -> None:
     async with MLXModel(str(folder), trust_remote_code=True, max_tokens=8) as model:
         first, second = await asyncio.gather(*(model.generate("hello there, " * 3) for _ in range(2)))
     assert first.content == second.content
+    assert first.usage is not None
     assert second.usage is not None
-    assert second.usage.cached_tokens == second.usage.input_tokens - 1
+    found = {first.usage.cached_tokens, second.usage.cached_tokens}
+    assert found == {0, (second.usage.input_tokens or 0) - 1}  # whichever comes second
 
 
 async def test_cancelled_in_any_phase(model: MLXModel) -> None:
