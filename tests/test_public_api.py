@@ -179,7 +179,7 @@ ON_TORCH = {
     )
 }
 """Or on MLX: modules that take seconds to import."""
-ON_VLLM = {f"asyncmodels.local.vllm_{name}" for name in ("arguments", "runner", "sampling", "statistics")}
+ON_VLLM = {f"asyncmodels.local.vllm_{name}" for name in ("answers", "arguments", "runner", "sampling", "statistics")}
 """Modules that take longer still, where they can be imported at all."""
 
 

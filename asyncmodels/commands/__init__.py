@@ -2,3 +2,5 @@
 
 Each has an ``add_to`` that adds its parser, and imports nothing but the standard library until it runs.
 """
+
+__all__: list[str] = []
