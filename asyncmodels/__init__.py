@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from asyncmodels.backend import Backend, Capabilities, Policy, compose
-    from asyncmodels.batch.executor import Executor
     from asyncmodels.batch.bulk_mode import BatchMode
+    from asyncmodels.batch.executor import Executor
     from asyncmodels.batch.export import export_journal
     from asyncmodels.batch.file_journal import JSONLJournal, SQLiteJournal
     from asyncmodels.batch.item import Item

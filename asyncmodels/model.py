@@ -194,9 +194,9 @@ class Model(Backend, Reproducible):
 
         At most ``concurrency`` calls are in flight, 1000 unless told, whatever the model's own limit is. Items come as
         they complete, or in the order of the input with ``ordered``. ``limit`` reads no more than so many inputs,
-        ``shuffle`` is the seed of a random order; ``schedule`` is the order of asking ("input", "longest", "prefix"), which for lists and a
-        local engine is what is fastest unless told otherwise. ``on_error="raise"`` ends the run with the first error,
-        ``max_errors`` with a RunStoppedError when more items have failed.
+        ``shuffle`` is the seed of a random order; ``schedule`` is the order of asking ("input", "longest", "prefix"),
+        which for lists and a local engine is what is fastest unless told otherwise. ``on_error="raise"`` ends the run
+        with the first error, ``max_errors`` with a RunStoppedError when more items have failed.
 
         ``journal`` is a path that ends in .sqlite or .jsonl, or a Journal: each item is written down before it comes
         out, and the same call after a crash asks only for what is missing, failed items among it. Inputs need ids, or

@@ -145,7 +145,7 @@ def test_files_that_are_there(journal: Path, tmp_path: Path) -> None:
         write_report(tmp_path / "none.sqlite")
     wrong = tmp_path / "wrong.jsonl"
     wrong.write_text('{"asyncmodels":"journal","format":1}\n{"id":"a","place":0,"seconds":"long"}\n')
-    with pytest.raises(JournalError, match="damaged.*item 'a'"):
+    with pytest.raises(JournalError, match=r"damaged.*item 'a'"):
         write_report(wrong)
     wrong.unlink()
     assert {each.name for each in tmp_path.iterdir()} == {journal.name, "page.html"}

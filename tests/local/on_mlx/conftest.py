@@ -10,7 +10,7 @@ import pytest
 
 from asyncmodels.local.mlx_runner import MLXRunner
 from asyncmodels.local.mlx_weights import MLXSpec
-from asyncmodels.local.runner import Ended, Failed, Sampled
+from asyncmodels.local.runner import Output, Sampled
 from asyncmodels.local.sequence import Sampling, Sequence
 from tests.local.on_mlx.tiny_mlx import UNBATCHABLE, build_tiny_model, tiny_mlx_folder
 
@@ -59,7 +59,7 @@ class Driver:
     def insert(self, *sequences: Sequence) -> None:
         self.runner.insert(sequences)
 
-    def step(self) -> list[Sampled | Failed | Ended]:
+    def step(self) -> list[Output]:
         outputs = self.runner.step()
         done = []
         for output in outputs:
@@ -71,10 +71,10 @@ class Driver:
             self.runner.remove(done)
         return outputs
 
-    def run(self, *sequences: Sequence) -> list[Sampled | Failed | Ended]:
+    def run(self, *sequences: Sequence) -> list[Output]:
         """Inserts and steps until all are done. Returns what came."""
         self.insert(*sequences)
-        outputs: list[Sampled | Failed | Ended] = []
+        outputs: list[Output] = []
         for _ in range(1000):
             if not self.runner._rows and not self.runner._pending:
                 return outputs
