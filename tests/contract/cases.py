@@ -218,6 +218,20 @@ def tiny_llama(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     )
 
 
+def tiny_llama_on_cuda(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.local.transformers import TransformersModel
+
+    spec = fixture("tiny_weights")
+    return TransformersModel(spec.model_id, device_map="cuda", torch_dtype=spec.torch_dtype, share_weights=True)
+
+
+CUDA = (
+    pytest.mark.gpu,
+    # As text, which is looked at when such a test is about to run: torch takes seconds to import.
+    pytest.mark.skipif("not __import__('torch').cuda.is_available()", reason="there is no CUDA device"),
+)
+
+
 def tiny_mlx(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from asyncmodels.local.mlx import MLXModel
     from tests.local.on_mlx.tiny_mlx import tiny_mlx_folder
@@ -287,6 +301,7 @@ CASES = [
     Case("litellm", litellm_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
+    Case("transformers-cuda", tiny_llama_on_cuda, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=CUDA),
     Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
     Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=VLLM),
 ]
