@@ -33,7 +33,7 @@ class SharedStream:
     ) -> None:
         self._max_buffer = max_buffer
         self._closed = closed
-        self._seats: set[Seat] = set()
+        self._seats: dict[Seat, None] = {}  # in the order in which they came, which is that of waking them
         # The deltas from number ``_first`` on: all of them, while somebody may join.
         self._deltas: list[Delta] = []
         self._first = 0
@@ -54,14 +54,14 @@ class SharedStream:
 
     def join(self) -> Seat:
         seat = Seat(self)
-        self._seats.add(seat)
+        self._seats[seat] = None
         return seat
 
     async def leave(self, seat: Seat) -> None:
         """Gives a seat up. With the last the stream is closed, and has given everything back when this returns."""
         if seat not in self._seats:
             return
-        self._seats.discard(seat)
+        self._seats.pop(seat, None)
         if not self._seats:
             self._close()
             if not self.ended:
@@ -108,7 +108,7 @@ class SharedStream:
         del self._deltas[:dropped]
         self._first += dropped
         for seat in [seat for seat in self._seats if seat.place < self._first]:
-            self._seats.discard(seat)
+            self._seats.pop(seat, None)
             seat.lose()
 
     def _land(self, task: asyncio.Task[None]) -> None:

@@ -233,7 +233,7 @@ def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch, value: str) ->
     [
         ({"provider": "grok"}, "provider must be one of .*groq"),
         ({"provider": 5}, "provider must be one of"),
-        ({"api": "completions"}, "'chat' or 'responses'"),
+        ({"api": "completion"}, "'chat' or 'responses' or 'completions'"),
         ({"quirks": {"stop": False}}, "quirks must be a Quirks value"),
     ],
 )
