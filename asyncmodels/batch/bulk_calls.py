@@ -101,7 +101,9 @@ class BulkCalls:
 
         def wanted(batch: ProviderBatch) -> str | None:
             key = batch.tags.get(TAG)
-            return key if key in files else keys.get(batch.input_file or "")
+            if key is None:
+                return keys.get(batch.input_file or "")
+            return key if key in files else None
 
         return await self._do(lambda: self.bulk.find(wanted, len(files)))
 
@@ -193,7 +195,12 @@ def not_known(count: int, error: AsyncModelsError) -> BatchError:
 
 
 def _wanted(key: str, file: str) -> Callable[[ProviderBatch], str | None]:
-    return lambda batch: key if batch.tags.get(TAG) == key or batch.input_file == file else None
+    # By the file only where the provider kept no key: a batch that it had no room for leaves its file to the next.
+    def wanted(batch: ProviderBatch) -> str | None:
+        tag = batch.tags.get(TAG)
+        return key if tag == key or (tag is None and batch.input_file == file) else None
+
+    return wanted
 
 
 def _may_have_acted(error: AsyncModelsError) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from asyncmodels import (
     Retry,
     ServerError,
 )
-from asyncmodels.batch.bulk_calls import BulkCalls
+from asyncmodels.batch.bulk_calls import TAG, BulkCalls
 from asyncmodels.bulk import Bulk, BulkFile, Outcome, ProviderBatch
 from asyncmodels.testing import FakeClock, ScriptedBackend
 
@@ -173,6 +174,21 @@ async def test_all_attempts_that_fail_come_out(clock: FakeClock) -> None:
         with pytest.raises(ServerError, match="number 3"):
             await calls(bulk).create("file-1", "key")
     assert [name for name, _ in bulk.seen][-1] == "find"
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_a_file_that_is_used_again_finds_no_older_batch(clock: FakeClock, lost: bool) -> None:
+    """A batch with another key of ours is another batch, though it was made of the same file; only one whose metadata
+    the provider did not keep is known by its file."""
+    bulk = ScriptedBulk(clock, create=[ServerError("500"), DONE] if lost else [])
+    bulk.begun = [replace(WORKING, id="b0", state="failed", tags={TAG: "older"}, input_file="file-1")]
+    async with clock:
+        if lost:
+            assert await calls(bulk).create("file-1", "key") is DONE
+        assert await calls(bulk).find({"key": "file-1"}) == {}
+        assert {*await calls(bulk).find({"older": "file-1"})} == {"older"}
+        bulk.begun = [replace(WORKING, tags={"mine": "x"}, input_file="file-1")]
+        assert {*await calls(bulk).find({"key": "file-1"})} == {"key"}
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------
