@@ -311,8 +311,12 @@ def _room(model: Model) -> int:
 
 
 def _numbered(request: Request, number: int) -> Request:
-    """One seed would give one answer several times."""
-    return request if request.seed is None else evolve(request, seed=request.seed + number)
+    """One seed would give one answer several times, and so would a cache, or a call that is shared."""
+    if number == 0:
+        return request
+    metadata = {**request.metadata, "epoch": f"{request.metadata.get('epoch', 1)}.{number}"}
+    seed = None if request.seed is None else request.seed + number
+    return evolve(request, seed=seed, metadata=metadata)
 
 
 def _digest(secret: str | None) -> str:

@@ -262,6 +262,11 @@ class AsyncModelsLM(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed f
         disable_tqdm: bool,
     ) -> list[T]:
         """Asks all of them in this order, and gives what ``keep`` makes of the answers, or of None for a failure."""
+        if self._on_error == "wrong" and getattr(self.cache_hook, "dbdict", None) is not None:
+            raise ConfigurationError(
+                'on_error="wrong" and lm-eval\'s cache do not go together: what failed once would be kept as a wrong '
+                'answer for good. Use on_error="raise" with the cache: what has been answered is not asked again.'
+            )
         results: dict[int, T] = {}
         failures: list[Exception] = []
         inputs = [requests[index] for index in order]

@@ -132,8 +132,8 @@ class Scorer:
 
     def insert(self, sequence: Sequence) -> None:
         row = self._rows.setdefault((sequence.cache_salt, sequence.prompt), _Row(sequence.prompt, []))
-        # Who comes while a row is read in pieces may ask for columns that it has left behind.
-        if row.done and len(sequence.scored) > row.scored:
+        # Who comes while a row is read in pieces may ask for columns that it has left behind, or for more of each.
+        if row.done and (len(sequence.scored) > row.scored or (sequence.sampling.logprobs or 1) > row.top):
             row.done, row.cache, row.places = 0, None, []
         row.sequences.append(sequence)
 

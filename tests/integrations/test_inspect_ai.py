@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ from inspect_ai.tool import ToolCallError, ToolFunction, ToolInfo, ToolParam, To
 
 from asyncmodels.backend import Capabilities
 from asyncmodels.errors import InvalidRequestError
+from asyncmodels.integrations.inspect_ai import inspect_model
 from asyncmodels.integrations.inspect_ai_messages import messages_from
+from asyncmodels.model import Model
+from asyncmodels.policies.cache import Cache
+from asyncmodels.policies.single_flight import SingleFlight
 from asyncmodels.testing import ScriptedBackend, ScriptItem
 from asyncmodels.types import (
     ImagePart,
@@ -357,6 +362,15 @@ async def test_several_choices_are_several_calls() -> None:
     assert sorted(request.seed or 0 for request in backend.requests) == [7, 8, 9]
     assert output.usage is not None
     assert (output.usage.input_tokens, output.usage.output_tokens) == (15, 3)
+
+
+async def test_choices_are_not_taken_from_each_other() -> None:
+    """A cache, or a call that others share, does not make one answer of several samples."""
+    answers = [Response(content=text, finish_reason="stop") for text in ("a", "b", "c")]
+    backend = ScriptedBackend(*answers)
+    model = inspect_model(Model(backend, partial(Cache, sampled=True), partial(SingleFlight, sampled=True)))
+    output = await model.generate("Hi", config=GenerateConfig(num_choices=3))
+    assert sorted(choice.message.text for choice in output.choices) == ["a", "b", "c"]
 
 
 async def test_the_body_that_is_sent(server: Server) -> None:

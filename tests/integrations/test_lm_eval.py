@@ -260,6 +260,13 @@ def test_a_request_that_fails_for_good_ends_the_evaluation() -> None:
         lm.generate_until([asking("generate_until", "a", {})], disable_tqdm=True)
 
 
+def test_what_failed_is_not_kept_as_wrong(tasks: Path) -> None:
+    """lm-eval's cache would hand it out for good."""
+    lm = AsyncModelsLM(Model(ScriptedBackend(reply, repeat=True)), on_error="wrong")
+    with pytest.raises(ConfigurationError, match="do not go together"):
+        evaluate(lm, tasks, "am_generate", use_cache=str(tasks / "kept"))
+
+
 def test_a_request_that_fails_for_good_can_count_as_wrong(caplog: pytest.LogCaptureFixture) -> None:
     """With on_error="wrong" the others have their answers, and the log says how many have none."""
 

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from asyncmodels.errors import ContextLengthError, EngineError, InvalidRequestError, UnsupportedError
-from asyncmodels.local import scoring
+from asyncmodels.local import scoring, transformers_runner
 from asyncmodels.local.transformers import TransformersModel
 from asyncmodels.scored import Scored
 from asyncmodels.types import Request, Score
@@ -118,6 +118,25 @@ async def test_as_many_alternatives_as_asked_for(tiny_model: Path, reference: An
         ((name, value),) = alone.top
         assert token.top[0][0] == name
         assert token.top[0][1] == pytest.approx(value, abs=1e-5)
+
+
+async def test_more_alternatives_asked_for_while_a_row_is_read(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever joins a row that is read in pieces has all that he asks for at each place."""
+    monkeypatch.setitem(transformers_runner._PREFILL_TOKENS, "cpu", 8)
+    chance = random.Random(5)
+    prompt, continuation = some_tokens(chance, 10), some_tokens(chance, 220)
+    async with TransformersModel(str(tiny_model), torch_dtype="float32", prefix_cache_bytes=0) as model:
+        whole = await model.score(prompt, continuation, logprobs=5)
+        for steps in (1, 2, 4, 8, 16, 32):
+            first = asyncio.create_task(model.score(prompt, continuation))
+            for _ in range(steps):
+                await asyncio.sleep(0.001)
+            found = await model.score(prompt, continuation, logprobs=5)
+            await first
+            assert {len(token.top) for token in found.tokens} == {5}
+            assert found.logprob == pytest.approx(whole.logprob, abs=1e-3)
 
 
 async def test_texts_are_tokenised_as_one(tiny_model: Path, reference: Any) -> None:
