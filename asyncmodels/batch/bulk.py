@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -103,9 +104,11 @@ class BulkCrew:
                 raise self._failure
         finally:
             try:
-                await self._dismiss()
-                if not self._through:
-                    await self._work.leave()
+                try:
+                    await self._dismiss()
+                finally:
+                    if not self._through:
+                        await self._work.leave()
             finally:
                 await self._source.aclose()
                 await self._disk.close()
@@ -356,4 +359,5 @@ class BulkCrew:
     def _close_files(self) -> None:
         for part in self._work.parts.values():
             if part.lines is not None:
-                part.lines.close()
+                with suppress(OSError):  # of a full disk: nobody reads the file any more
+                    part.lines.close()

@@ -175,7 +175,8 @@ class Spill:
         with suppress(sqlite3.Error):
             self._rows.close()
         for file in self._outputs:
-            file.close()
+            with suppress(OSError):  # of a full disk, for what was not written yet
+                file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _group(self) -> sqlite3.Connection:

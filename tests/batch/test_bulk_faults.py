@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,3 +68,33 @@ async def test_all_may_fail_at_once(provider: Provider, tmp_path: Path, seed: in
         ).results()
     assert contents(items) == [f"answer to prompt {number}" for number in range(40)]
     assert set(provider.paid.values()) == {1}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+async def test_a_full_disk_leaves_no_batch_at_work(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that cannot be closed keeps nobody from cancelling what was begun, nor from closing the others."""
+    provider.polls = 10**9
+    real, opened = os.open, list[str]()
+
+    def full(path: Any, flags: int, mode: int = 0o777, **more: Any) -> int:
+        if not str(path).endswith(f"{os.sep}2.jsonl"):
+            return real(path, flags, mode, **more)
+        opened.append(path)
+        return real("/dev/full", os.O_WRONLY)
+
+    async def inputs() -> AsyncIterator[dict[str, str]]:
+        for each in asked(256):
+            yield each
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(os, "open", full)
+    async with model_at(provider) as model:
+        run = model.map(inputs(), mode=quick(max_requests=200))
+        reading = asyncio.create_task(run.results())
+        await asyncio.to_thread(provider.until, lambda seen: seen.count("GET", "/batches/") > 1)
+        assert opened
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await run.aclose()
+    assert provider.statuses() == ["cancelled"]
