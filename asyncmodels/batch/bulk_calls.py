@@ -107,6 +107,10 @@ class BulkCalls:
 
         return await self._do(lambda: self.bulk.find(wanted, len(files)))
 
+    async def poll(self, id: str) -> ProviderBatch:
+        """The batch as it is now."""
+        return await self._do(lambda: self.bulk.poll(id))
+
     async def until_ended(
         self, id: str, seen: Callable[[ProviderBatch], object], *, at_once: bool = False
     ) -> ProviderBatch:
@@ -120,7 +124,7 @@ class BulkCalls:
         while True:
             await clock.sleep(pause * (0.8 + 0.4 * mode.random()))
             try:
-                batch = await self._do(lambda: self.bulk.poll(id))
+                batch = await self.poll(id)
             except NotFoundError as error:
                 unknown += 1
                 if unknown > _FORGIVEN:

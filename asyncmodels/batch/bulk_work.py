@@ -73,8 +73,11 @@ class BulkWork:
             passed = self._mode.clock.wall_time() - max(note.at for note in doubtful)
             await self._mode.clock.sleep(self._mode.settle - max(0.0, min(passed, self._mode.settle)))
             begun.update(await self._begun(doubtful))
+        refused = await self._refused(notes)
         old: dict[str, Part] = {}
         for note in notes:
+            if note.key in refused:
+                continue
             if note.key not in begun:
                 if note.file is not None:
                     await self._calls.discard(note.file)  # no batch was made of it, and what it asks is asked anew
@@ -101,6 +104,23 @@ class BulkWork:
                 return {note.key: None for note in notes}
             raise not_known(len(notes), error) from error
         return {key: batch.id for key, batch in found.items()}
+
+    async def _refused(self, notes: Sequence[BatchNote]) -> set[str]:
+        """The keys of those that had ended without anything done or charged, as one does that waits for room in the
+        provider's queue: what they ask is asked anew."""
+        ended = [(note.key, note.batch) for note in notes if note.step == "ended" and note.batch is not None]
+        batches = await asyncio.gather(*(self._as_it_is(id) for _, id in ended))
+        return {
+            key for (key, _), batch in zip(ended, batches, strict=True) if batch is not None and batch.state == "failed"
+        }
+
+    async def _as_it_is(self, id: str) -> ProviderBatch | None:
+        """The batch now; None where that cannot be learnt at once, and whoever follows it shows more patience."""
+        try:
+            return await self._calls.poll(id)
+        except AsyncModelsError as error:
+            logger.info("The batch %s of an earlier run cannot be looked at just now: %s", id, error)
+            return None
 
     # -- one batch ----------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sqlite3
 from collections.abc import Iterator
 from functools import partial
@@ -48,6 +49,19 @@ async def leave_when(run: Run, provider: Provider, batches: int) -> None:
     await run.aclose()
 
 
+class Heard(logging.Handler):
+    """Sets the event when these words are logged."""
+
+    def __init__(self, words: str, event: asyncio.Event) -> None:
+        super().__init__()
+        self.words = words
+        self.event = event
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.words in record.getMessage():
+            self.event.set()
+
+
 NEVER = 10**9
 
 
@@ -68,6 +82,35 @@ async def test_a_run_that_was_left_goes_on(provider: Provider, journal: Path, ca
     assert contents(items) == [f"answer to prompt {number}" for number in range(10)]
     assert len(provider.batches) == 2
     assert set(provider.paid.values()) == {1}
+
+
+async def test_a_batch_that_waited_for_room_is_asked_anew(
+    provider: Provider, journal: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the provider had no room for, in a run that was left before there was some, did nothing: its items are
+    placed anew, and are no errors."""
+    caplog.set_level(logging.INFO)
+    waits = asyncio.Event()
+    heard = Heard("waits until", waits)
+    monkeypatch.setattr(logging.getLogger("asyncmodels.batch.bulk_work"), "handlers", [heard])
+    provider.polls = NEVER
+    crowded = {"code": "token_limit_exceeded", "message": "Enqueued token limit reached.", "line": None, "param": None}
+    answers = iter([[], [crowded]])
+    original = provider._refused
+    provider._refused = lambda lines, endpoint: next(answers, None) or original(lines, endpoint)  # type: ignore[method-assign]  # a knob of this test alone
+    async with model_at(provider) as model:
+        run = model.map(asked(4), mode=quick(max_requests=2), journal=journal)
+        reading = asyncio.create_task(run.results())
+        await waits.wait()
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await run.aclose()
+        assert sorted(provider.statuses())[0] == "failed"
+        provider.polls = 1
+        items = await model.map(asked(4), mode=QUICK, journal=journal).results()
+    assert contents(items) == [f"answer to prompt {number}" for number in range(4)]
+    assert (len(provider.batches), set(provider.paid.values())) == (3, {1})
 
 
 async def test_in_order_too(provider: Provider, journal: Path) -> None:
