@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -142,13 +143,16 @@ class OpenAIBatches(Bulk):
             listed = page.get("data")
             if not isinstance(listed, list):
                 raise InvalidResponseError("The provider's list of batches has no data.")
-            for data in listed:
-                batch = _batch(data)
+            for batch in _readable(listed):
                 if (name := wanted(batch)) is not None:
                     found.setdefault(name, batch)
             if len(found) >= count or not listed or not page.get("has_more"):
                 return found
-            after = _batch(listed[-1]).id
+            after = _last(page, listed)
+            if after is None:
+                raise NotFoundError(
+                    "The provider's list of batches cannot be gone through: it does not say where it is."
+                )
         raise NotFoundError(f"The provider has more than {_PAGES * 100:,} batches, too many to look through.")
 
     def __repr__(self) -> str:
@@ -229,7 +233,6 @@ def _batch(data: Any) -> ProviderBatch:
             raise TypeError("no id, or no status")
         counts = data.get("request_counts") or {}
         outputs = [data.get(name) for name in ("output_file_id", "error_file_id")]
-        refusals = (data.get("errors") or {}).get("data") or []
         metadata = data.get("metadata")
         created = data.get("created_at")
         return ProviderBatch(
@@ -240,13 +243,34 @@ def _batch(data: Any) -> ProviderBatch:
             completed=_count(counts.get("completed")),
             failed=_count(counts.get("failed")),
             outputs=tuple(each for each in outputs if isinstance(each, str) and each),
-            refusals=tuple(_refusal(each) for each in refusals),
+            refusals=_refusals(data.get("errors")),
             tags={str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, Mapping) else {},
             input_file=text(data.get("input_file_id")),
             created=float(created) if isinstance(created, int | float) else 0.0,
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidResponseError("The provider described something that is no batch.") from error
+
+
+def _readable(listed: Sequence[Any]) -> Iterator[ProviderBatch]:
+    """Without those that cannot be read: they are somebody else's, and must not hide ours."""
+    for data in listed:
+        with suppress(InvalidResponseError):
+            yield _batch(data)
+
+
+def _last(page: Mapping[str, Any], listed: Sequence[Any]) -> str | None:
+    """After which batch the next page begins."""
+    last = listed[-1]
+    return text(last.get("id") if isinstance(last, Mapping) else None) or text(page.get("last_id")) or None
+
+
+def _refusals(errors: Any) -> tuple[Refusal, ...]:
+    """As far as they can be read: what is odd about them must not hide the batch."""
+    listed = errors.get("data") if isinstance(errors, Mapping) else errors
+    told = listed if isinstance(listed, list) else [listed]
+    fit = [{"message": each} if isinstance(each, str) else each for each in told]
+    return tuple(_refusal(each) for each in fit if isinstance(each, Mapping))
 
 
 def _refusal(data: Mapping[str, Any]) -> Refusal:

@@ -154,6 +154,60 @@ async def test_the_list_is_gone_through_page_by_page(provider: Provider, lines: 
     assert await bulk.find(lambda batch: None, 1) == {}
 
 
+ODD = (
+    None,
+    "batch",
+    [],
+    {"id": None, "status": "completed"},
+    {"id": "x", "status": 5},
+    {"id": "x", "status": "completed", "request_counts": "many"},
+    {"id": "x", "status": "completed", "errors": ["why"]},
+    {"id": "x", "status": "failed", "errors": {"data": ["why", None, {"line": "3"}]}},
+    {"id": "x", "status": "failed", "errors": {"data": "why"}},
+    {"id": "x", "status": "failed", "errors": "why"},
+)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=json.dumps)
+async def test_odd_batches_of_others_hide_none(server: Server, odd: Any) -> None:
+    """What cannot be read in the provider's list is passed over, also where a page ends with it."""
+    ours = {"id": "mine", "status": "completed", "metadata": {"n": "1"}}
+    pages = [{"data": [odd], "has_more": True, "last_id": "x"}, {"data": [odd, ours, odd], "has_more": False}]
+    place = server.script(*(Answer(body=json.dumps(page)) for page in pages))
+    found = await bulk_of(OpenAIModel("m", f"{place.url}/v1", "sk")).find(lambda batch: batch.tags.get("n"), 1)
+    assert [batch.id for batch in found.values()] == ["mine"]
+    assert "after=x" in place.seen().requests[1].target
+
+
+async def test_a_list_that_cannot_be_turned_over(server: Server) -> None:
+    """Where no entry of a page says what comes after it, nobody can say what else there is: a NotFoundError."""
+    place = server.script(Answer(body=json.dumps({"data": [None, {"id": 5}], "has_more": True})))
+    with pytest.raises(NotFoundError, match="cannot be gone through"):
+        await bulk_of(OpenAIModel("m", f"{place.url}/v1", "sk")).find(lambda batch: None, 1)
+
+
+@pytest.mark.parametrize(
+    ("errors", "said"),
+    [
+        (["why"], ["why"]),
+        ({"data": ["why", None, {"message": "because", "line": 3}]}, ["why", "because"]),
+        ({"data": "why"}, ["why"]),
+        ("why", ["why"]),
+        ({"data": {"message": "why"}}, ["why"]),
+        ({"data": 5}, []),
+        (5, []),
+        (None, []),
+    ],
+)
+async def test_reasons_in_any_shape(provider: Provider, errors: Any, said: list[str]) -> None:
+    """Why a batch was refused is read as far as it can be; the batch always is."""
+    body = json.dumps({"id": "b", "status": "failed", "errors": errors})
+    provider.faults = [Fault("GET", "/batches/b", status=200, body=body)]
+    batch = await at(provider).poll("b")
+    assert batch.state == "failed"
+    assert [refusal.message for refusal in batch.refusals] == said
+
+
 async def test_a_server_without_a_list(provider: Provider) -> None:
     """A NotFoundError, by which callers know that nobody can say."""
     provider.lists = False
