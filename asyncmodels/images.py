@@ -18,7 +18,10 @@ from urllib.parse import unquote_to_bytes
 from asyncmodels.errors import InvalidRequestError
 from asyncmodels.types import ImagePart, Message, Part
 
-__all__ = ["as_image", "check_image", "image_from_dict", "is_picture", "load_images", "needs_loading"]
+__all__ = ["READABLE", "as_image", "check_image", "image_from_dict", "is_picture", "load_images", "needs_loading"]
+
+READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What Pillow may take the bytes of strangers for: it has readers that start other programs, as Ghostscript for EPS."""
 
 
 def _media_type(data: bytes) -> str | None:
@@ -159,7 +162,8 @@ def needs_loading(messages: Sequence[Message]) -> bool:
 def load_images(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Reads the files and encodes the PIL images (as PNG) that the messages refer to. Blocks: call it in a thread.
 
-    A format that is none of PNG, JPEG, GIF and WebP is turned into PNG where Pillow is installed and knows it.
+    BMP and TIFF are turned into PNG where Pillow is installed; other formats than these and PNG, JPEG, GIF and WebP
+    are refused.
     Raises InvalidRequestError that names the image and why it cannot be read.
     """
     loaded: list[Message] = []
@@ -220,8 +224,8 @@ def _convert(data: bytes, what: str) -> bytes:
     except ImportError as error:
         raise InvalidRequestError(f"{what} is not {known}, and Pillow is not installed to convert it.") from error
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=READABLE)
         image.load()
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error... for broken files
-        raise InvalidRequestError(f"{what} is neither {known} nor anything else that Pillow can read.") from error
+        raise InvalidRequestError(f"{what} is neither {known} nor a BMP or TIFF that Pillow can read.") from error
     return _encode(image, what)

@@ -169,13 +169,46 @@ def test_unreadable_images_are_refused_when_loaded(tmp_path: Path) -> None:
         "missing.png": "No such file",
         ".": "Is a directory",
         "empty.png": "is empty",
-        "text.png": "anything else that Pillow can read",
-        "cut.bmp": "anything else that Pillow can read",
+        "text.png": "a BMP or TIFF that Pillow can read",
+        "cut.bmp": "a BMP or TIFF that Pillow can read",
         "nul\0.png": "cannot be read",
     }.items():
         with pytest.raises(InvalidRequestError, match=r"messages\[0\]\.content\[1\]") as caught:
             loaded({"type": "image", "image": f"{tmp_path}/{name}"})
         assert says in str(caught.value)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What other programs were asked for, or looked for, to read an image."""
+    asked: list[str] = []
+
+    def program(*args: Any, **_: Any) -> None:
+        asked.append(str(args))
+        raise OSError("no program is started here")
+
+    for name in ("subprocess.Popen", "os.system", "os.posix_spawn", "shutil.which"):
+        monkeypatch.setattr(name, program)
+    return asked
+
+
+@pytest.mark.parametrize("way", ["bytes", "file"])
+def test_eps_is_refused_and_starts_no_program(way: str, tmp_path: Path, started: list[str]) -> None:
+    """PostScript is a program: it is refused in one sentence, and never given to Ghostscript."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(EPS)
+    with pytest.raises(InvalidRequestError) as caught:
+        loaded(EPS if way == "bytes" else path)
+    assert started == []
+    assert "is neither PNG, JPEG, GIF or WebP nor a BMP or TIFF that Pillow can read." in str(caught.value)
+
+
+def test_a_tiff_becomes_png() -> None:
+    """TIFF is among what strangers' bytes may be."""
+    assert loaded(encoded("TIFF")).media_type == "image/png"
 
 
 def test_a_truncated_picture_is_refused_when_loaded() -> None:

@@ -143,6 +143,7 @@ PACKAGES: Mapping[str, set[str]] = {
 """What every module of a package may import beside its own package; batch, server and integrations come later."""
 
 PARTS: Mapping[str, set[str]] = {
+    "local.vision_reader": {"images"},
     "batch.bulk_calls": {"policies.retry", "recipe"},
     "batch.bulk_seam": {"policies.retry"},
     "batch.cost": {"policies.prices"},

@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
+from asyncmodels.images import READABLE
 from asyncmodels.local.image_fetch import fetch_images
 from asyncmodels.local.vision_families import Family, Piece
 from asyncmodels.types import Message
@@ -116,7 +117,7 @@ class ImageReader:
 
 def _decoded(where: str, data: bytes) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=READABLE) as image:
             if image.width * image.height <= _MOST_PIXELS:
                 return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # PIL raises OSError, ValueError, SyntaxError, struct.error... for broken files

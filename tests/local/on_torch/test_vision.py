@@ -335,6 +335,27 @@ async def test_images_that_cannot_be(folder: Path) -> None:
     assert (counted.finished, counted.failed, counted.running, counted.kv_tokens) == (1, 0, 0, 0)
 
 
+async def test_an_image_that_is_a_program(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostScript that says it is a PNG is refused in one sentence, and no other program is started to read it."""
+    started: list[object] = []
+
+    def program(*args: object, **_: object) -> None:
+        started.append(args)
+        raise OSError("no program is started here")
+
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n"
+    part = ImagePart(data=eps, media_type="image/png")
+    async with make(llava) as model:
+        await model.generate(CONVERSATIONS[0])
+        for name in ("subprocess.Popen", "os.system", "os.posix_spawn", "shutil.which"):
+            monkeypatch.setattr(name, program)
+        with pytest.raises(InvalidRequestError) as caught:
+            await model.generate([Message("user", (part,))])
+        monkeypatch.undo()
+    assert started == []
+    assert str(caught.value) == "messages[0].content[0]: the image cannot be read: cannot identify image file."
+
+
 async def test_words_that_look_like_an_image(folder: Path) -> None:
     """The model's own mark of an image in somebody's words cannot move the images to other places."""
     mark = "<|image_pad|>" if "qwen" in str(folder) else "<image>"
