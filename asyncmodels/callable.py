@@ -40,6 +40,9 @@ class CallableModel(Model):
 
     A sync function runs in a worker thread; cancelling the call cannot interrupt it there, it is left to end by
     itself, and the end of the program waits for it. An exception of the function's own passes through unchanged.
+
+    ``model_id``, the function's name unless it is given, is how a journal knows the model: give another one when the
+    function has changed. A lambda has none.
     """
 
     def __init__(
@@ -249,10 +252,12 @@ async def _deltas(pieces: AsyncIterator[Any], stops: tuple[str, ...]) -> AsyncGe
         yield Delta(content=matcher.flush(), finish_reason="tool_calls" if calls else "stop")
 
 
-def _name(function: Callable[..., Any]) -> str:
+def _name(function: Callable[..., Any]) -> str | None:
+    """None for a lambda: another one has the same name, and what is kept of the one is not the other's."""
     if isinstance(function, partial):
         return _name(function.func)
-    return getattr(function, "__name__", type(function).__name__)
+    name: str = getattr(function, "__name__", type(function).__name__)
+    return None if name == "<lambda>" else name
 
 
 _MISSING: Any = object()

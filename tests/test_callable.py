@@ -498,3 +498,9 @@ async def test_the_custom_model_of_the_smolagents_documentation() -> None:
     model = CallableModel(custom_model)
     assert str(await model.generate(messages, stop_sequences=["great"])) == "answer to Where? Task"
     assert str(await model.generate(messages)) == "answer to Where? "
+
+
+def test_lambdas_have_no_name() -> None:
+    """Two of them would be one model for a journal, which hands out what the other has said."""
+    assert CallableModel(lambda messages: "x").model_id is None
+    assert CallableModel(lambda messages: "x", model_id="x").model_id == "x"

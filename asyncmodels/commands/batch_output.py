@@ -41,6 +41,7 @@ COLUMNS: tuple[tuple[str, type], ...] = (
     ("reasoning_tokens", int),
     ("model", str),
     ("reused", bool),
+    ("place", int),
     ("logprobs", str),
 )
 """What the output has of each item. ``parsed``, ``tool_calls`` and ``logprobs`` are JSON, in tables as text."""
@@ -59,7 +60,9 @@ def as_row(item: Item) -> dict[str, Any]:
             "error_text": str(error),
             "error_status": getattr(error, "status", None),
         }
-        if item.request is not None:
+        if item.request is None:
+            row["place"] = item.index  # its id may be that of another
+        else:
             row |= {"attempts": getattr(error, "attempts", None), "seconds": round(item.seconds, 6)}
     if response is not None:
         usage = response.usage

@@ -126,7 +126,8 @@ class _Reader:
         if interrupted:
             self._say(" ".join(filter(None, ("Interrupted.", why, self._advice()))))
         elif why is not None:
-            raise StoppedError(f"{why} {self._advice()}".strip())
+            stop = "" if why.endswith((".", "!", "?")) else "."
+            raise StoppedError(f"{why}{stop} {self._advice()}".strip())
 
     def close(self) -> None:
         self._keeper.close(whole=False)
@@ -174,7 +175,8 @@ class _Reader:
 
     def _summary(self, now: RunStatistics) -> None:
         asked = now.succeeded - now.reused
-        said = [f"{now.succeeded:,} of {now.done:,} answered in {_clock(now.elapsed)}"]
+        total = max(now.done, now.total or 0)
+        said = [f"{now.succeeded:,} of {total:,} answered in {_clock(now.elapsed)}"]
         if now.reused:
             said.append(f"{now.reused:,} reused from the journal {self._batch.journal}")
         if now.cached:

@@ -4,16 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from asyncmodels.commands.terminal import Commands
+from asyncmodels.commands.terminal import DONE_CODES, Commands
 
 __all__ = ["add_to"]
-
-_EPILOG = """\
-exit codes:
-  0    done
-  1    it could not be done; one line on stderr says why
-  2    the command line is wrong
-"""
 
 
 def add_to(commands: Commands) -> None:
@@ -21,7 +14,7 @@ def add_to(commands: Commands) -> None:
         "export",
         help="write a journal as JSONL or Parquet",
         description="Writes the items of a journal to a .jsonl or .parquet file, also while a run goes on.",
-        epilog=_EPILOG,
+        epilog=DONE_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     export.set_defaults(run=_export)
@@ -32,7 +25,7 @@ def add_to(commands: Commands) -> None:
         "salvage",
         help="copy what can be read of a damaged journal into a new one",
         description="Copies what can be read of a damaged journal into a new one, which a run can go on from.",
-        epilog=_EPILOG,
+        epilog=DONE_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     salvage.set_defaults(run=_salvage)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from asyncmodels.commands.terminal import EXIT_CODES, Commands
+from asyncmodels.commands.terminal import DONE_CODES, Commands
 
 __all__ = ["add_to"]
 
@@ -22,7 +22,7 @@ def add_to(commands: Commands) -> None:
         "report",
         help="write a page about a run: figures, errors, prompts and answers",
         description="Writes one HTML page about the run of a journal, also while it goes on. It needs no network.",
-        epilog=_EXAMPLES + EXIT_CODES,
+        epilog=_EXAMPLES + DONE_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     report.set_defaults(run=_report)

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any, TypeAlias
 
-__all__ = ["EXIT_CODES", "Commands", "UsageError", "add_model", "dumps", "one_line", "quiet_logs"]
+__all__ = ["DONE_CODES", "EXIT_CODES", "Commands", "UsageError", "add_model", "dumps", "one_line", "quiet_logs"]
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a command adds its parser to."""
@@ -19,6 +19,12 @@ exit codes:
   2    the command line is wrong: an unknown option or scheme, nothing to ask
   130  interrupted by Ctrl-C
   141  whoever read the output has closed it
+"""
+DONE_CODES = """\
+exit codes:
+  0    done
+  1    it could not be done; one line on stderr says why
+  2    the command line is wrong
 """
 
 _DEFAULT_MODEL = "smollm"

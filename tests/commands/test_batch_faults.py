@@ -179,7 +179,7 @@ def test_interrupt(provided: Provided, started: Started) -> None:
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")
     said = err.splitlines()
-    assert said[0].startswith("asyncmodels batch: 5 of 5 answered")
+    assert said[0].startswith("asyncmodels batch: 5 of 8 answered")
     assert said[1:] == [
         "asyncmodels batch: Interrupted. The same command with --resume goes on from the journal out.jsonl.sqlite."
     ]
