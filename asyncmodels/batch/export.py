@@ -57,7 +57,7 @@ def export_journal(path: str | os.PathLike[str], to: str | os.PathLike[str], *, 
     if suffix not in (".jsonl", ".ndjson", ".parquet"):
         raise ConfigurationError(f"A journal is exported to .jsonl or .parquet, not to {str(target)!r}.")
     if target.exists() and not overwrite:
-        raise JournalError(f"The file {str(target)!r} exists: choose another, or overwrite it (--overwrite, overwrite=True).")
+        raise JournalError(f"The file {str(target)!r} exists: choose another, or overwrite it (--overwrite).")
     with read_journal(path) as journal:
         if target.exists() and target.samefile(journal.path):
             raise JournalError(f"The journal {str(target)!r} cannot be exported to itself.")
