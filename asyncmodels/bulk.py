@@ -45,6 +45,8 @@ class ProviderBatch:
     state: BulkState
     status: str
     """The state in the provider's own word ("validating", "finalizing")."""
+    known: bool = True
+    """Whether we know that word; without, the batch is taken to be ``working``, for a while."""
     total: int = 0
     completed: int = 0
     failed: int = 0

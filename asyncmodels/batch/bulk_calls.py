@@ -116,10 +116,13 @@ class BulkCalls:
     ) -> ProviderBatch:
         """The batch once it has ended; ``seen`` is told how it is each time somebody looked.
 
-        Raises BatchError where the provider does not know it, and what keeps it from being looked at for too long.
+        Raises BatchError where the provider does not know it, or says of it for too long what we do not know, and what
+        keeps it from being looked at for too long.
         """
         clock, mode = self._clock, self.mode
         wait, unknown, looked = mode.poll, 0, clock.time()
+        odd: ProviderBatch | None = None
+        since = looked
         pause = 0.0 if at_once else wait
         while True:
             await clock.sleep(pause * (0.8 + 0.4 * mode.random()))
@@ -142,6 +145,10 @@ class BulkCalls:
                 seen(batch)
                 if batch.state != "working":
                     return batch
+                if batch.known or batch != odd:
+                    odd, since = batch, looked
+                elif looked - since > mode.patience:
+                    raise _never_ends(batch)
                 pause = wait
             wait = min(wait * _GROWTH, mode.poll_max)
 
@@ -195,6 +202,15 @@ def not_known(count: int, error: AsyncModelsError) -> BatchError:
         f"Nobody can say whether {what}, because the provider cannot be asked which there are ({error.message}). "
         'Look there yourself; BatchMode(on_unknown="ask") asks anew, and may pay for the same requests twice.',
         state="unknown",
+    )
+
+
+def _never_ends(batch: ProviderBatch) -> BatchError:
+    return BatchError(
+        f"The provider says that the batch {batch.id!r} is {batch.status!r}, which may be its end, and nothing has "
+        "changed about it for too long. Look there yourself.",
+        state="unknown",
+        batch=batch.id,
     )
 
 

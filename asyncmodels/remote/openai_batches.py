@@ -45,6 +45,28 @@ _ENDED: Mapping[str, BulkState] = {
     "cancelled": "cancelled",
     "canceled": "cancelled",
 }
+_WORKING = {
+    "validating",
+    "queued",
+    "enqueued",
+    "pending",
+    "submitted",
+    "created",
+    "scheduled",
+    "notstarted",
+    "starting",
+    "started",
+    "preparing",
+    "processing",
+    "running",
+    "inprogress",
+    "finalizing",
+    "canceling",
+    "cancelling",
+    "cancelrequested",
+    "expiring",
+}
+"""Without what joins their words, in which servers differ."""
 _NOT_THERE = (HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED)
 
 
@@ -232,17 +254,20 @@ def _batch(data: Any) -> ProviderBatch:
         if not isinstance(id, str) or not id or not isinstance(status, str):
             raise TypeError("no id, or no status")
         counts = data.get("request_counts") or {}
-        outputs = [data.get(name) for name in ("output_file_id", "error_file_id")]
+        files = [data.get(name) for name in ("output_file_id", "error_file_id")]
+        outputs = tuple(each for each in files if isinstance(each, str) and each)
+        state, known = _state(status, outputs)
         metadata = data.get("metadata")
         created = data.get("created_at")
         return ProviderBatch(
             id=id,
-            state=_ENDED.get(status.lower(), "working"),
+            state=state,
             status=status,
+            known=known,
             total=_count(counts.get("total")),
             completed=_count(counts.get("completed")),
             failed=_count(counts.get("failed")),
-            outputs=tuple(each for each in outputs if isinstance(each, str) and each),
+            outputs=outputs,
             refusals=_refusals(data.get("errors")),
             tags={str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, Mapping) else {},
             input_file=text(data.get("input_file_id")),
@@ -250,6 +275,15 @@ def _batch(data: Any) -> ProviderBatch:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidResponseError("The provider described something that is no batch.") from error
+
+
+def _state(status: str, outputs: Sequence[str]) -> tuple[BulkState, bool]:
+    """What a word for it means, and whether we know the word, or what came of the batch says it."""
+    if (ended := _ENDED.get(status.lower())) is not None:
+        return ended, True
+    if status.lower().replace("-", "").replace("_", "") in _WORKING:
+        return "working", True
+    return ("completed", True) if outputs else ("working", False)
 
 
 def _readable(listed: Sequence[Any]) -> Iterator[ProviderBatch]:

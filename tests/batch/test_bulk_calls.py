@@ -251,6 +251,17 @@ async def test_a_batch_that_nobody_knows_yet(clock: FakeClock) -> None:
     assert (caught.value.state, caught.value.batch) == ("missing", "b1")
 
 
+async def test_a_status_that_nobody_knows_has_an_end(clock: FakeClock) -> None:
+    """Once nothing has changed about such a batch for ``patience`` seconds it is a BatchError that names the word."""
+    odd = replace(WORKING, status="rejected", known=False)
+    bulk = ScriptedBulk(clock, poll=[WORKING] * 30 + [odd] * 5 + [replace(odd, completed=1)] * 1000)
+    async with clock:
+        with pytest.raises(BatchError, match=r"'b1'.*'rejected'") as caught:
+            await calls(bulk, patience=600, poll=60).until_ended("b1", lambda _: None)
+    assert (caught.value.state, caught.value.batch) == ("unknown", "b1")
+    assert clock.time() - bulk.times("poll")[35] == pytest.approx(660)
+
+
 # -- files ------------------------------------------------------------------------------------------------------------
 
 

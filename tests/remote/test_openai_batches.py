@@ -208,6 +208,26 @@ async def test_reasons_in_any_shape(provider: Provider, errors: Any, said: list[
     assert [refusal.message for refusal in batch.refusals] == said
 
 
+@pytest.mark.parametrize(
+    ("told", "state", "known"),
+    [
+        *(({"status": word}, "working", True) for word in ("validating", "in_progress", "finalizing", "cancelling")),
+        *(({"status": word}, "working", True) for word in ("queued", "InProgress", "in-progress", "RUNNING")),
+        ({"status": "in_progress", "output_file_id": "f"}, "working", True),
+        ({"status": "succeeded", "output_file_id": "f"}, "completed", True),
+        ({"status": "succeeded", "error_file_id": "f"}, "completed", True),
+        ({"status": "rejected", "output_file_id": None}, "working", False),
+        ({"status": "Failed"}, "failed", True),
+    ],
+)
+async def test_words_for_how_a_batch_is(provider: Provider, told: dict[str, Any], state: str, known: bool) -> None:
+    """Those for work are named; with another word a batch that has output is completed, and one without is not known
+    to be at work."""
+    provider.faults = [Fault("GET", "/batches/b", status=200, body=json.dumps({"id": "b", **told}))]
+    batch = await at(provider).poll("b")
+    assert (batch.state, batch.status, batch.known) == (state, told["status"], known)
+
+
 async def test_a_server_without_a_list(provider: Provider) -> None:
     """A NotFoundError, by which callers know that nobody can say."""
     provider.lists = False
