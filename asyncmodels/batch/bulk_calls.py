@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from asyncmodels.backend import Backend, Capabilities
+from asyncmodels.batch.bulk_disk import not_kept
 from asyncmodels.batch.bulk_mode import BatchMode
 from asyncmodels.bulk import Bulk, BulkFile, ProviderBatch
 from asyncmodels.errors import AsyncModelsError, BatchError, NotFoundError, TransportError
@@ -160,7 +161,8 @@ class BulkCalls:
             try:
                 await self.bulk.fetch(file, to)
             except BaseException:
-                to.close()
+                with suppress(OSError):  # of a full disk, for what was not written yet
+                    to.close()
                 raise
             return to
 
@@ -191,7 +193,15 @@ class BulkCalls:
             return None  # what is raised instead says what went wrong
 
     async def _do(self, call: Callable[[], Awaitable[T]]) -> T:
-        response = await self._chain.generate(Request(messages=(), metadata={"call": call}))
+        async def attempt() -> T:
+            try:
+                return await call()
+            except (AsyncModelsError, TimeoutError, ConnectionError):
+                raise  # of the network
+            except OSError as error:
+                raise not_kept(error) from error
+
+        response = await self._chain.generate(Request(messages=(), metadata={"call": attempt}))
         value: T = response.raw
         return value
 

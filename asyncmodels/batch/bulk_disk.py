@@ -16,9 +16,16 @@ from asyncmodels.batch.bulk_mode import BatchMode
 from asyncmodels.batch.bulk_spill import Spill
 from asyncmodels.errors import RunError
 
-__all__ = ["Disk"]
+__all__ = ["Disk", "not_kept"]
 
 T = TypeVar("T")
+
+
+def not_kept(error: Exception) -> RunError:
+    """What is raised where something cannot be written or read."""
+    return RunError(
+        f'The files of a run in mode "batch" cannot be kept ({error}): BatchMode(folder=...) says where else.'
+    )
 
 
 class Disk:
@@ -43,9 +50,7 @@ class Disk:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except (OSError, sqlite3.Error) as error:
-            raise RunError(
-                f'The files of a run in mode "batch" cannot be kept ({error}): BatchMode(folder=...) says where else.'
-            ) from error
+            raise not_kept(error) from error
 
     async def close(self) -> None:
         try:

@@ -8,11 +8,13 @@ import random
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
-from asyncmodels import Model, Retry
+from asyncmodels import Model, Retry, RunError
+from asyncmodels.batch.bulk_calls import BulkCalls
+from asyncmodels.bulk import HasBulk
 from tests.batch.bulk_provider import asked, contents, model_at, quick
 from tests.server.batches import Fault, Provider, running_provider
 
@@ -98,3 +100,26 @@ async def test_a_full_disk_leaves_no_batch_at_work(provider: Provider, monkeypat
             await reading
         await run.aclose()
     assert provider.statuses() == ["cancelled"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a disk that is always full")
+async def test_a_full_disk_is_said_where_files_come_and_go(provider: Provider, tmp_path: Path) -> None:
+    """An output that finds no room, and a file that is gone before it is sent, are RunErrors that say what mends it, at
+    the first attempt."""
+    provider.files["output"] = b"x" * 2**20
+    made: list[BinaryIO] = []
+
+    async def begin() -> BinaryIO:
+        made.append(open("/dev/full", "wb"))  # noqa: ASYNC230, SIM115  # of a test, and closed by who asked for it
+        return made[-1]
+
+    async with model_at(provider) as model:
+        assert isinstance(model.backend, HasBulk)
+        bulk = model.backend.bulk()
+        assert bulk is not None
+        calls = BulkCalls(bulk, quick(), Retry(model.backend, attempts=3, wait_initial=0.001))
+        with pytest.raises(RunError, match=r"No space left.*BatchMode\(folder="):
+            await calls.fetch("output", begin)
+        with pytest.raises(RunError, match=r"gone.*BatchMode\(folder="):
+            await calls.upload(tmp_path / "gone", "key")
+    assert [file.closed for file in made] == [True]
