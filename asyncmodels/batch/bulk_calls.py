@@ -49,9 +49,10 @@ class BulkCalls:
             settings = {"clock": mode.clock, "random": mode.random, **settings}
             self._chain = Retry(self._chain, budget=None, same_failures=None, **settings)
 
-    async def upload(self, path: Path, key: str) -> str:
-        """The provider's id of the file, which can be used when this returns."""
+    async def upload(self, path: Path, key: str, there: Callable[[str], object] = lambda _: None) -> str:
+        """The provider's id of the file, which can be used when this returns; ``there`` is told it before."""
         file = await self._do(lambda: self.bulk.upload(path, f"asyncmodels-{key}.jsonl", key=key))
+        there(file.id)
         wait = self.mode.poll
         while not file.ready:
             await self._clock.sleep(wait)

@@ -27,6 +27,8 @@ class Part:
     file: str | None = None
     id: str | None = None
     """The provider's, of what was uploaded and of the batch."""
+    asked: bool = False
+    """Whether the provider may have been told to begin it."""
     batch: ProviderBatch | None = None
     """As it was when somebody last looked."""
     left: int = 0

@@ -134,10 +134,11 @@ class BulkWork:
             part.key, part.id, part.batch = uuid.uuid4().hex, None, None
             await self._note(part, "placed", await self._placed(part))
             if part.file is None:
-                part.file = await self._calls.upload(lines.path, part.key)
+                part.file = await self._calls.upload(lines.path, part.key, partial(setattr, part, "file"))
                 await self._note(part, "uploaded")
                 await self._disk.do(lines.delete)
             await self._note(part, "creating")
+            part.asked = True
             await _to_its_end(self._create(part, part.file))
             await self._wait_for(part)
             if not part.crowded or not await self._others_end(part):
@@ -216,6 +217,14 @@ class BulkWork:
 
     async def leave(self) -> None:
         """The run ends before its batches do: cancels them, or says what becomes of them."""
+        await self._leave_batches()
+        # While nobody was told to make a batch of it, none will be.
+        unused = [part for part in self.parts.values() if part.id is None and not part.asked]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_GRACE):
+                await asyncio.gather(*(self._calls.discard(part.file) for part in unused if part.file is not None))
+
+    async def _leave_batches(self) -> None:
         begun = [part for part in self.parts.values() if part.at_work]
         if not begun:
             return

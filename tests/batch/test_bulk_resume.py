@@ -155,6 +155,32 @@ async def test_without_a_journal_they_are_cancelled(provider: Provider, caplog: 
     assert "nobody will get their answers" in caplog.text
 
 
+@pytest.mark.parametrize("kept", [True, False])
+async def test_a_file_that_no_batch_was_made_of_is_deleted(provider: Provider, tmp_path: Path, kept: bool) -> None:
+    """A run that is left while the provider still looks at a file leaves none there."""
+    provider.file_looks = NEVER
+    async with model_at(provider) as model:
+        run = model.map(asked(2), mode=QUICK, journal=tmp_path / "run.sqlite" if kept else None)
+        reading = asyncio.create_task(run.results())
+        await asyncio.to_thread(provider.until, partial(looked_at, "/files/"))
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await run.aclose()
+    assert provider.names
+    assert (provider.files, provider.batches) == ({}, {})
+
+
+async def test_a_file_that_a_batch_may_be_made_of_stays(provider: Provider) -> None:
+    """Where nobody can say whether a batch was begun, what it would be made of is left alone."""
+    provider.lists = False
+    provider.faults = [Fault("POST", "/batches", status=0, acts=True)]
+    async with model_at(provider) as model:
+        with pytest.raises(BatchError, match="Nobody can say"):
+            await model.map(asked(2), mode=QUICK).results()
+    assert provider.count("DELETE", "/files") == 0
+
+
 async def test_cancelling_that_fails_is_said(provider: Provider, caplog: pytest.LogCaptureFixture) -> None:
     """A batch that could not be cancelled is named."""
     provider.polls = NEVER
