@@ -95,9 +95,7 @@ class _Reader:
         place = int(given) if given.isascii() and given.isdigit() and len(given) < 10 else index
         is_place = place < index and self._unnamed[place] and str(place) == given
         if is_place:
-            raise InvalidRequestError(
-                "this id is the place of an earlier input without one: give ids to all or none."
-            )
+            raise InvalidRequestError("this id is the place of an earlier input without one: give ids to all or none.")
         if mark in self._seen:
             raise InvalidRequestError("this id was there before: ids must differ, or results cannot be told apart.")
         self._seen.add(mark)
