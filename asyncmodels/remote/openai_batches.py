@@ -239,7 +239,8 @@ class OpenAIBatches(Bulk):
 
 async def _pieces(path: Path, begin: bytes, end: bytes) -> AsyncGenerator[bytes, None]:
     yield begin
-    file = await asyncio.to_thread(path.open, "rb")
+    # Not in a thread: what is opened there while the upload is cancelled would be closed by nobody.
+    file = path.open("rb")
     try:
         while piece := await asyncio.to_thread(file.read, _PIECE):
             yield piece

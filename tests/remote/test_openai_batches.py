@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import os
+import threading
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,7 +155,7 @@ async def test_the_list_is_gone_through_page_by_page(provider: Provider, lines: 
     assert await bulk.find(lambda batch: None, 1) == {}
 
 
-ODD = (
+ODD: tuple[Any, ...] = (
     None,
     "batch",
     [],
@@ -312,6 +313,29 @@ async def test_files_that_the_provider_is_not_done_with(provider: Provider, line
     ]
     with pytest.raises(InvalidRequestError, match="bad"):
         await bulk.file(file.id)
+
+
+async def test_an_upload_that_is_left_closes_its_file(
+    provider: Provider, lines: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it is left while the file is opened."""
+    loop, left, real = asyncio.get_running_loop(), threading.Event(), Path.open
+    opened: list[Any] = []
+
+    def leaving(path: Path, *args: Any, **more: Any) -> Any:
+        opened.append(real(path, *args, **more))
+        loop.call_soon_threadsafe(upload.cancel)
+        if threading.current_thread() is not threading.main_thread():
+            left.wait(5)
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", leaving)
+    upload = asyncio.ensure_future(at(provider).upload(lines, "x", key="abc"))
+    upload.add_done_callback(lambda _: left.set())
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    await loop.shutdown_asyncgens()
+    assert [file.closed for file in opened] == [True]
 
 
 @pytest.mark.parametrize("client", [False, True])
