@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from asyncmodels.local.pictures import Pictures
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.vision_families import Family, Piece
-from asyncmodels.local.vision_reader import Pictures
 
 __all__ = ["Vision"]
 

@@ -7,58 +7,24 @@ their images do, too, which is all that the prefix cache must know.
 from __future__ import annotations
 
 import io
-from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from PIL import Image, ImageOps
 
 from asyncmodels.errors import InvalidRequestError, UnsupportedError
 from asyncmodels.images import READABLE
 from asyncmodels.local.image_fetch import fetch_images
+from asyncmodels.local.pictures import Pictures
 from asyncmodels.local.vision_families import Family, Piece
 from asyncmodels.types import Message
 
-__all__ = ["ImageReader", "Pictures"]
+__all__ = ["ImageReader"]
 
 _MOST_TOKENS = 2**20
 """More tokens than any piece of an image has."""
 _MOST_PIXELS = 64 * 2**20
 """A small file can hold more pixels than there is memory; a photograph has fewer than these."""
-
-
-@dataclass(slots=True, eq=False)
-class Pictures:
-    """The images of one sequence."""
-
-    token: int
-    """What the model knows an image's token by."""
-    pieces: list[Piece]
-    places: list[int]
-    """Where in the prompt the tokens of the pieces are, one after the other."""
-    positions: torch.Tensor | None
-    """Where the prompt's tokens are for the model, [3, tokens]; None where that is their places."""
-    offset: int
-    """By how much what follows the prompt is further on than its place."""
-    features: dict[int, torch.Tensor] = field(default_factory=dict)
-    """What the vision tower made of pieces, by their numbers, while they are needed."""
-
-    def ids(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """``tokens`` as the model knows them."""
-        return tuple([token if token >= 0 else self.token for token in tokens])
-
-    def within(self, start: int, end: int) -> tuple[int, int]:
-        """Which of the image tokens are between two places of the prompt."""
-        return bisect_left(self.places, start), bisect_left(self.places, end)
-
-    def positions_of(self, start: int, end: int) -> torch.Tensor:
-        """Where the tokens from ``start`` to ``end`` are for the model, [3, tokens]."""
-        assert self.positions is not None  # noqa: S101  # asked of families that count this way
-        known = self.positions[:, start:end]
-        behind = torch.arange(start + known.shape[1], end) + self.offset
-        return torch.cat([known, behind.expand(3, -1)], dim=1)
 
 
 class ImageReader:

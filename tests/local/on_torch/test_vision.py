@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -490,3 +492,12 @@ async def test_a_broken_image_processor(llava: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError):
         await model.load()
     await model.aclose()
+
+
+def test_models_of_text_need_no_pillow() -> None:
+    """Whoever shows no images has not to install what reads them."""
+    code = (
+        "import sys; sys.modules['PIL'] = None\n"
+        "import asyncmodels.local.transformers_runner, asyncmodels.local.vision_loading, asyncmodels.local.transformers"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
