@@ -124,6 +124,7 @@ class Run(AsyncIterable[Item]):
         self._over = asyncio.Event()
         # Not the generator itself, which the workers would keep alive: it must end when its reader drops it.
         self._items: weakref.ref[AsyncGeneratorType[Item, None]] | None = None
+        self._results: list[Item] | None = None
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -135,8 +136,9 @@ class Run(AsyncIterable[Item]):
         return items
 
     async def results(self) -> list[Item]:
-        """All items, in the order of the input. It holds them all in memory."""
-        return sorted([item async for item in self], key=lambda item: item.index)
+        """All items, in the order of the input. It holds them all in memory, and keeps them for ``to_pandas``."""
+        self._results = sorted([item async for item in self], key=lambda item: item.index)
+        return list(self._results)
 
     async def to_pandas(self) -> pandas.DataFrame:
         """All items as a table with one row each, in the order of the input; ``id`` is the index.
@@ -147,7 +149,7 @@ class Run(AsyncIterable[Item]):
             from asyncmodels.batch.frame import as_frame
         except ImportError as error:
             raise MissingExtraError('pandas is missing: pip install "asyncmodels[pandas]".') from error
-        return as_frame(await self.results())
+        return as_frame(await self.results() if self._results is None else self._results)
 
     @property
     def ready(self) -> bool:

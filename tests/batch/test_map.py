@@ -393,3 +393,10 @@ def test_leaving_a_run_without_a_loop() -> None:
         next(run)
     assert model.statistics().running == 0
     assert run.statistics().read < 1000
+
+
+async def test_a_table_of_results_that_were_read() -> None:
+    """Whoever has paid for a run may look at its results and make a table of them, too."""
+    pytest.importorskip("pandas")
+    run = Echo().model.map(["a", "b"], progress=False)
+    assert [item.id for item in await run.results()] == list((await run.to_pandas()).index)
