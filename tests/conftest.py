@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -47,6 +49,20 @@ _PREFIXES = (
     "XAI_",
     "ZAI_",
 )
+
+_END_WITHIN = 120.0
+
+
+def pytest_configure() -> None:
+    """Lets Ctrl-C reach the programs that tests start: a shell's jobs in the background ignore it, and so would they."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """After the last test no timeout holds; a process that then waits for a thread says for which, and ends."""
+    faulthandler.dump_traceback_later(_END_WITHIN, exit=True)
 
 
 @pytest.hookimpl(wrapper=True)
