@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, TypedDict
 
@@ -81,13 +81,16 @@ def build_request(messages: Any, params: Mapping[str, Any], defaults: Mapping[st
     return request
 
 
-def normalise(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks each parameter by itself and brings it to the type that Request holds."""
+def normalise(params: Mapping[str, Any], *, beside: Iterable[str] = ()) -> dict[str, Any]:
+    """Checks each parameter by itself and brings it to the type that Request holds.
+
+    ``beside`` are the other keywords of who was called, which a misspelt one may have meant.
+    """
     values: dict[str, Any] = {}
     for name, value in params.items():
         check = _CHECKS.get(name)
         if check is None:
-            raise InvalidRequestError(_unknown(name))
+            raise InvalidRequestError(_unknown(name, beside))
         # None means "unset" for every parameter: it takes a model's default back for one call.
         values[name] = _UNSET[name] if value is None else check(name, value)
     return values
@@ -142,10 +145,10 @@ def _check_together(request: Request) -> Request:
     return request if choice == request.tool_choice else evolve(request, tool_choice=choice)
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, beside: Iterable[str]) -> str:
     if name in _FOREIGN:
         return f"Unknown parameter {name!r}: here it is called {_FOREIGN[name]!r}."
-    close = difflib.get_close_matches(name, PARAMETERS, n=1)
+    close = difflib.get_close_matches(name, [*PARAMETERS, *beside], n=1)
     hint = f"did you mean {close[0]!r}?" if close else "what only this provider understands goes into extra={...}."
     return f"Unknown parameter {name!r}: {hint}"
 

@@ -109,11 +109,11 @@ failed=0
 say "pytest, without a model"
 # All that is in those folders is marked; left out by name as well, so that no process imports torch for the tests there.
 "$venv/bin/python" -m pytest -m "not model and not gpu" --ignore-glob "tests/local/on_*" \
-    -n "$((cores < 8 ? cores : 8))" --dist worksteal || failed=$?
+    -o faulthandler_timeout=460 -n "$((cores < 8 ? cores : 8))" --dist worksteal || failed=$?
 say "pytest, with a model"
 "$venv/bin/python" -m pytest -m "model or gpu" || failed=$?
 say "pytest, apart: the newest litellm, an older huggingface_hub, bare aiobotocore"
-"$venv/apart/bin/python" -m pytest -n "$((cores < 8 ? cores : 8))" --dist worksteal \
+"$venv/apart/bin/python" -m pytest -o faulthandler_timeout=460 -n "$((cores < 8 ? cores : 8))" --dist worksteal \
     tests/remote/test_{litellm,bedrock,converse,huggingface}*.py tests/examples/test_litellm.py \
     tests/contract -k "not test_contract or litellm or bedrock or huggingface" || failed=$?
 if [ -x "$venv/vllm/bin/python" ]; then

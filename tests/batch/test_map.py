@@ -400,3 +400,21 @@ async def test_a_table_of_results_that_were_read() -> None:
     pytest.importorskip("pandas")
     run = Echo().model.map(["a", "b"], progress=False)
     assert [item.id for item in await run.results()] == list((await run.to_pandas()).index)
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"max_token": 5}, "did you mean 'max_tokens'"),
+        ({"concurency": 5}, "did you mean 'concurrency'"),
+        ({"jurnal": "run.sqlite"}, "did you mean 'journal'"),
+        ({"temperature": "hot"}, "temperature"),
+    ],
+)
+async def test_wrong_parameters_are_refused_at_once(params: dict[str, Any], says: str) -> None:
+    """What is wrong in the call itself is no error of its items, one by one; what is wrong in an input is."""
+    with pytest.raises(InvalidRequestError, match=says):
+        Echo().model.map(["a"], **params)
+    (bad, good) = await Echo().model.map([{"prompt": "a", **params}, "b"]).results()
+    assert isinstance(bad.error, InvalidRequestError)
+    assert str(good.unwrap()) == "b"
