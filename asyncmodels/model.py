@@ -219,11 +219,11 @@ class Model(Backend, Reproducible):
         from asyncmodels.batch.file_journal import as_journal
         from asyncmodels.batch.run import Run, RunSettings
 
-        normalise(params, beside=self.map.__annotations__)  # else a misspelt keyword were an error of each item
         executor = checked_executor(executor)
         kept = as_journal(journal)
         others = {"concurrency": concurrency, "executor": executor, "schedule": schedule}
         bulk = plan_of(self, mode, journal=kept, params=params, others=others)
+        normalise(params, beside=self.map.__annotations__)  # else a misspelt keyword were an error of each item
         if concurrency is None:
             concurrency = 1000 if executor is None else executor.concurrency
         settings = RunSettings(
