@@ -22,6 +22,7 @@ from asyncmodels.commands.batch_run import Batch
 from asyncmodels.commands.batch_template import Template
 from asyncmodels.commands.loading import load_model, settings
 from asyncmodels.commands.openai_lines import result_line
+from asyncmodels.commands.pricing import check_budget
 from asyncmodels.commands.terminal import UsageError, one_line
 from asyncmodels.errors import InvalidRequestError
 from asyncmodels.formats import as_response_format
@@ -36,6 +37,8 @@ class Prepared:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.params = _params(options)
+        if options.mode == "batch":
+            _check_batch_mode(options)
         self.rows, self.piped, self.prompts = _input(options)
         self.feed: Feed | None = None
         try:
@@ -53,6 +56,9 @@ class Prepared:
         options = self.options
         calls: int | None = options.concurrency if options.concurrency != "auto" else None
         async with load_model(options, "auto" if calls is None else calls) as model:
+            if options.budget is not None:
+                bounded = "max_tokens" in {**model._defaults, **self.params} or self.prompts.have_parameters
+                check_budget(model, options.price, bounded=bounded)
             self.output.open()
             try:
                 if options.overwrite and self.journal is not None:
@@ -112,6 +118,12 @@ class Prepared:
                 other = seen.setdefault(os.path.realpath(path), what)
                 if other != what:
                     raise UsageError(f"{path} is {other} and cannot be {what}, too.")
+
+
+def _check_batch_mode(options: argparse.Namespace) -> None:
+    for option in ("budget", "price"):
+        if getattr(options, option) is not None:
+            raise UsageError(f"--{option} is about calls, of which --mode batch makes none.")
 
 
 def _params(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asyncmodels.batch.inputs import Placed
-from asyncmodels.commands.batch_rows import Row, Rows, TableRows
+from asyncmodels.commands.batch_rows import JSONLines, Row, Rows, TableRows
 from asyncmodels.commands.batch_template import Template, as_text, field_of
 from asyncmodels.commands.openai_lines import is_batch_line, request_of
 from asyncmodels.commands.terminal import UsageError
@@ -56,6 +56,12 @@ class Prompts:
                 self.openai = True
                 named = first.value["body"].get("model")
                 self.model = named if isinstance(named, str) else None
+
+    @property
+    def have_parameters(self) -> bool:
+        """Whether a row may have parameters of its own."""
+        as_data = self._column is not None or self._wanted.template is not None
+        return isinstance(self._rows, JSONLines) and not as_data
 
     def input_of(self, row: Row) -> Placed:
         place = self._rows.place(row)

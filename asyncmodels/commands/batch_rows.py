@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple, TypeAlias
 from asyncmodels.commands.terminal import UsageError
 from asyncmodels.errors import MissingExtraError
 
-__all__ = ["Format", "Row", "Rows", "TableRows", "open_rows"]
+__all__ = ["Format", "JSONLines", "Row", "Rows", "TableRows", "open_rows"]
 
 Format: TypeAlias = Literal["jsonl", "csv", "parquet", "lines"]
 
@@ -122,7 +122,7 @@ def _rows(path: str, name: str, file: BinaryIO, format: Format | None, delimiter
     if found == "jsonl" or (found is None and begin.lstrip().startswith(b"{")):
         if _is_array(begin):
             raise UsageError(f"{name} is one JSON array; JSON lines are needed, an object on each line.")
-        return _JSONLines(name, lines)
+        return JSONLines(name, lines)
     return _PlainLines(name, lines)
 
 
@@ -260,7 +260,9 @@ class _PlainLines(_LineRows):
         return text
 
 
-class _JSONLines(_LineRows):
+class JSONLines(_LineRows):
+    """Objects, texts and lists of messages."""
+
     def _value(self, text: str) -> Any:
         try:
             value = json.loads(text, parse_constant=_no_constant)

@@ -6,11 +6,14 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from asyncmodels.batch.item import Item
+from asyncmodels.batch.link_counts import link_counts
+from asyncmodels.batch.report_text import money
 from asyncmodels.batch.run import Run
 from asyncmodels.batch.tally import RunStatistics
 from asyncmodels.commands.batch_feed import Feed
@@ -185,6 +188,10 @@ class _Reader:
             said.append(f"{now.failed:,} failed")
         if asked and now.usage.total_tokens:
             said.append(f"{now.usage.input_tokens:,} tokens in, {now.usage.output_tokens:,} out")
+        with suppress(Exception):  # of somebody's own link
+            counted = link_counts(self._batch.run.model)
+            if counted.spent is not None and (asked or counted.spent):
+                said.append(f"{money(counted.spent, counted.currency)} spent")
         self._say("; ".join(said) + f". -> {self._batch.output.name}")
         for name, count in now.errors.items():
             example = self._examples.get(name)

@@ -7,6 +7,7 @@ import json
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from asyncmodels.commands.pricing import amounts, as_price
 from asyncmodels.commands.terminal import UsageError, add_model
 
 if TYPE_CHECKING:
@@ -31,7 +32,16 @@ def add_limits(parser: argparse._ArgumentGroup) -> None:
     parser.add_argument("--rpm", metavar="N", type=_positive, help="at most so many requests a minute")
     parser.add_argument("--tpm", metavar="N", type=_positive, help="at most so many tokens a minute, in and out")
     parser.add_argument(
-        "--budget", metavar="DOLLARS", type=_positive, help="refuse what could cost more (prices: the extra `prices`)"
+        "--budget",
+        metavar="DOLLARS",
+        type=_positive,
+        help="refuse what could cost more (by --price, or by the list of the extra `prices`)",
+    )
+    parser.add_argument(
+        "--price",
+        metavar="IN,OUT",
+        type=amounts,
+        help="dollars for a million tokens of input and of output; a third is for input that the provider has cached",
     )
 
 
@@ -46,22 +56,22 @@ def load_model(options: argparse.Namespace, calls: int | Literal["auto"], **chai
     from asyncmodels.policies.rate_limit import RateLimit
 
     name, given = options.model, settings("--model-arg", options.model_arg)
-    rpm, tpm, budget = (getattr(options, name, None) for name in ("rpm", "tpm", "budget"))
+    rpm, tpm, dollars, price = (getattr(options, name, None) for name in ("rpm", "tpm", "budget", "price"))
+    budget = None if price is None else partial(Budget, spending=dollars, prices=as_price(price))
     if _is_remote(name):
         limits = {
-            "max_concurrency": calls,
             "requests_per_minute": rpm,
             "tokens_per_minute": tpm,
-            "budget": budget,
-            **chain,
+            "budget": dollars if budget is None else budget,
         }
         if given.get("policies") is None:
-            given = {**{name: value for name, value in limits.items() if value is not None}, **given}
-        return load(name, **given)
+            limits |= {"max_concurrency": calls, **chain}
+        # A chain of the caller's own has no place for limits, and says so.
+        return load(name, **{name: value for name, value in limits.items() if value is not None} | given)
     model = load(name, **given)
     policies: list[Any] = []
-    if budget is not None:
-        policies.append(partial(Budget, spending=budget))
+    if dollars is not None or budget is not None:
+        policies.append(budget or partial(Budget, spending=dollars))
     if rpm is not None or tpm is not None:
         policies.append(partial(RateLimit, requests_per_minute=rpm, tokens_per_minute=tpm))
     return Model(model, *policies) if policies else model
