@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from asyncmodels.batch.item import Entry
-from asyncmodels.errors import ConfigurationError, InvalidRequestError
+from asyncmodels.errors import ConfigurationError, InvalidRequestError, RunStoppedError
 from asyncmodels.types import Message, Request
 
 __all__ = ["Inputs", "Placed", "checked_inputs", "entries"]
@@ -24,12 +24,14 @@ Inputs: TypeAlias = Iterable[Any] | AsyncIterable[Any]
 class Placed:
     """An input of a file: its errors name ``place``, and not which input it is of all.
 
-    A ``value`` that is an error is an input that could not even be read; ``id`` is for those, where it could be.
+    A ``value`` that is an error is an input that could not even be read; ``id`` is for those, where it could be. What
+    is ``needed`` ends the input by a RunStoppedError where no request can be made of it.
     """
 
     value: Any
     place: str
     id: str | int | None = None
+    needed: bool = False
 
 
 MakeRequest: TypeAlias = Callable[[Any, Mapping[str, Any]], Request]
@@ -70,10 +72,11 @@ class _Reader:
         index = self._index
         self._index += 1
         given: str | None = None
-        place = f"Input {index}"
+        place, needed = f"Input {index}", False
         try:
             if isinstance(value, Placed):
-                place, given, value = value.place, None if value.id is None else str(value.id), value.value
+                place, needed = value.place, value.needed
+                given, value = None if value.id is None else str(value.id), value.value
             if isinstance(value, InvalidRequestError):
                 raise value
             given = _id(value)
@@ -84,7 +87,10 @@ class _Reader:
         except InvalidRequestError as error:
             if len(self._unnamed) == index:
                 self._unnamed.append(given is None)
-            return Entry(index, str(index) if given is None else given, None, _placed(error, place, given))
+            placed = _placed(error, place, given)
+            if needed:
+                raise RunStoppedError(str(placed)) from error
+            return Entry(index, str(index) if given is None else given, None, placed)
 
     def _once(self, index: int, given: str | None) -> None:
         if given is None:

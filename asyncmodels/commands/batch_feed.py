@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from typing import Any
 
 from asyncmodels.batch.inputs import Placed
 from asyncmodels.commands.batch_pipe import PipedRows
 from asyncmodels.commands.batch_prompts import Prompts
 from asyncmodels.commands.batch_rows import Row, Rows, TableRows
-from asyncmodels.errors import InvalidRequestError, RunError, RunStoppedError
+from asyncmodels.errors import RunError
 
 __all__ = ["CountedFeed", "Feed", "FileFeed", "PipeFeed"]
 
@@ -17,7 +18,7 @@ __all__ = ["CountedFeed", "Feed", "FileFeed", "PipeFeed"]
 class Feed:
     """``stop`` ends the input: what was read already is still asked.
 
-    With ``strict`` a row that cannot be read ends it by a RunStoppedError, else it is an input that fails.
+    With ``strict`` a row of which no request can be made ends the run, else it is an input that fails.
     """
 
     def __init__(self, rows: Rows, prompts: Prompts, *, strict: bool) -> None:
@@ -42,14 +43,11 @@ class Feed:
 
     def _input(self, row: Row) -> Placed:
         made = self._prompts.input_of(row)
-        if self._strict and isinstance(made.value, InvalidRequestError):
-            self.stop()
-            raise RunStoppedError(f"{made.place}: {made.value}")
         kept = self._prompts.kept(row)
         if kept:
             self._kept[self._index] = kept
         self._index += 1
-        return made
+        return replace(made, needed=True) if self._strict else made
 
 
 class FileFeed(Feed):

@@ -86,7 +86,6 @@ class Prepared:
                 output=self.output,
                 shape=self.shape,
                 journal=None if self.journal is None else self.journal.path,
-                strict=options.bad_lines == "stop",
                 hopeless=options.max_errors is None,
                 quiet=options.quiet,
             )

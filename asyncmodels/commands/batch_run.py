@@ -64,7 +64,6 @@ class Batch:
     shape: Callable[[Item, Mapping[str, Any]], dict[str, Any]]
     """What the output has of an item, and of what is kept of its row."""
     journal: Path | None
-    strict: bool
     hopeless: bool
     """Whether to stop where nothing can come of it."""
     quiet: bool
@@ -140,12 +139,9 @@ class _Reader:
     def _judge(self, item: Item, error: Exception) -> None:
         self._examples.setdefault(type(error).__name__, item)
         batch = self._batch
-        if item.request is None:
-            if batch.strict and self._ended_by is None:
-                self._stop(one_line(error))
-            return
         if (
-            not batch.hopeless
+            item.request is None
+            or not batch.hopeless
             or len(self._alike) == _ENOUGH
             or isinstance(error, _OWN)
             or not isinstance(error, _HOPELESS)

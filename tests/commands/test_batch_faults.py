@@ -86,6 +86,33 @@ def test_a_malformed_line(line: bytes, said: str, place: Place, capsys: pytest.C
     assert said in err[-1]
 
 
+@pytest.mark.parametrize(("line", "said"), MALFORMED)
+def test_nothing_is_asked_of_what_a_strict_run_has_read_ahead(
+    line: bytes, said: str, place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A row that ends the run does so where it is read, whatever is wrong with it, and not when its turn comes."""
+    Path("in.jsonl").write_bytes(b'{"id": "first", "prompt": "1"}\n\n' + line + b'\n{"id": "last", "prompt": "2"}\n')
+    assert main(["batch", "in.jsonl", "-o", "out.jsonl", "--bad-lines", "stop"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("asyncmodels batch: in.jsonl, line 3")
+    assert said in err
+    assert err.count("\n") == 1
+    assert asked(place) == set()
+
+
+def test_a_row_of_a_pipe_that_ends_a_strict_run(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe is read no further than to the second row of an id, and what came before it is kept."""
+    read, write = os.pipe()
+    os.write(write, b'{"id": "a", "prompt": "1"}\n{"id": "a", "prompt": "2"}\n')
+    with os.fdopen(read) as pipe, os.fdopen(write, "wb"):  # which stays open: nobody waits for more
+        monkeypatch.setattr("sys.stdin", pipe)
+        assert main(["batch", "-o", "out.jsonl", "--bad-lines", "stop", "--concurrency", "1"]) in (2, 3)
+    assert "standard input, line 2 (id 'a'): this id was there before" in capsys.readouterr().err
+    assert asked(place) <= {"1"}
+
+
 def test_a_malformed_first_line_of_a_strict_run(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing was asked, so it is as good as wrong usage, and there is no output."""
     Path("in.jsonl").write_text('{"prompt"\n"x"\n')
