@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import closing, suppress
 from pathlib import Path
 
 from asyncmodels.batch.file_journal import FileJournal, JSONLJournal, OnChange, SQLiteJournal
+from asyncmodels.batch.journal_file import JournalFile
 from asyncmodels.batch.journal_lock import JournalLock
+from asyncmodels.batch.jsonl_file import JSONLFile, is_jsonl
 from asyncmodels.batch.reading import read_journal
+from asyncmodels.batch.sqlite_file import SQLiteFile
 from asyncmodels.commands.terminal import UsageError
 from asyncmodels.errors import JournalError
 
-__all__ = ["journal_at", "start_over"]
+__all__ = ["journal_at", "remove_empty", "start_over"]
 
 
 def journal_at(path: Path, *, ask_changed: bool) -> FileJournal:
@@ -32,12 +36,40 @@ def start_over(path: Path) -> None:
     try:
         lock = JournalLock(path)
         try:
-            for end in ("", "-wal", "-shm"):
-                path.with_name(f"{path.name}{end}").unlink(missing_ok=True)
+            _remove(path)
         finally:
             lock.release()
     except OSError as error:
         raise JournalError(f"The journal {str(path)!r} cannot be removed: {error.strerror or error}.") from error
+
+
+def remove_empty(path: Path) -> None:
+    """Removes the journal at ``path`` if there is one in which nothing stands, no batch of a provider's either.
+
+    One that is in use or cannot be read stays.
+    """
+    if not path.exists():
+        return
+    with suppress(JournalError, OSError):
+        lock = JournalLock(path)
+        try:
+            if _is_empty(path):
+                _remove(path)
+        finally:
+            lock.release()
+
+
+def _is_empty(path: Path) -> bool:
+    if not path.stat().st_size:
+        return True
+    file: JournalFile = JSONLFile(path) if is_jsonl(path) else SQLiteFile(path)
+    with closing(file):
+        return file.empty and not file.batches()
+
+
+def _remove(path: Path) -> None:
+    for end in ("", "-wal", "-shm"):
+        path.with_name(f"{path.name}{end}").unlink(missing_ok=True)
 
 
 class _SQLite(SQLiteJournal):

@@ -14,7 +14,7 @@ from asyncmodels.batch.file_journal import FileJournal
 from asyncmodels.batch.item import Item
 from asyncmodels.commands import batch_output
 from asyncmodels.commands.batch_feed import CountedFeed, Feed, FileFeed, PipeFeed
-from asyncmodels.commands.batch_journal import journal_at, start_over
+from asyncmodels.commands.batch_journal import journal_at, remove_empty, start_over
 from asyncmodels.commands.batch_output import Output
 from asyncmodels.commands.batch_prompts import Prompts, Wanted
 from asyncmodels.commands.batch_rows import Rows, open_rows
@@ -59,10 +59,12 @@ class Prepared:
             if options.budget is not None:
                 bounded = "max_tokens" in {**model._defaults, **self.params} or self.prompts.have_parameters
                 check_budget(model, options.price, bounded=bounded)
+            journal = None if self.journal is None else self.journal.path
             self.output.open()
             try:
-                if options.overwrite and self.journal is not None:
-                    start_over(self.journal.path)
+                if options.overwrite and journal is not None:
+                    start_over(journal)
+                is_new = journal is not None and not journal.exists()
                 feed = self.feed = self._feed()
                 run = model.map(
                     feed,  # type: ignore[arg-type]  # every kind of feed is an iterable of one kind or the other
@@ -85,11 +87,16 @@ class Prepared:
                 feed=feed,
                 output=self.output,
                 shape=self.shape,
-                journal=None if self.journal is None else self.journal.path,
+                journal=journal,
                 hopeless=options.max_errors is None,
                 quiet=options.quiet,
             )
-            return 0 if await batch.go() else 1
+            try:
+                return 0 if await batch.go() else 1
+            except UsageError:  # nothing was asked
+                if journal is not None and is_new:
+                    remove_empty(journal)
+                raise
 
     def _feed(self) -> Feed:
         strict = self.options.bad_lines == "stop"
