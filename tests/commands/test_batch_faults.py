@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from asyncmodels.batch.bulk_journal import BatchNote, Placed
-from asyncmodels.batch.journal_lock import JournalLock
-from asyncmodels.batch.jsonl_file import JSONLFile
 from asyncmodels.batch.reading import read_journal
-from asyncmodels.batch.sqlite_file import SQLiteFile
 from asyncmodels.cli import main
-from asyncmodels.commands.batch_journal import remove_empty
 from tests.commands.conftest import Provided, Started
 from tests.server.handle import Place
 from tests.server.script import Answer
@@ -118,47 +112,6 @@ def test_a_row_of_a_pipe_that_ends_a_strict_run(
         assert main(["batch", "-o", "out.jsonl", "--bad-lines", "stop", "--concurrency", "1"]) in (2, 3)
     assert "standard input, line 2 (id 'a'): this id was there before" in capsys.readouterr().err
     assert asked(place) <= {"1"}
-
-
-@pytest.mark.parametrize("journal", ["run.sqlite", "run.jsonl"])
-def test_journals_of_runs_that_were_refused(
-    journal: str, place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """A run that asks nothing leaves no journal that it has made; one that was there stays, also when it is empty."""
-    Path("bad.jsonl").write_text("{\n")
-    Path("in.txt").write_text("x\n")
-    strict = ["batch", "bad.jsonl", "--journal", journal, "--bad-lines", "stop"]
-    assert main(strict) == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "in.txt"]
-    Path("none.txt").touch()
-    assert main(["batch", "none.txt", "--journal", journal]) == 0
-    kept = Path(journal).stat().st_ino
-    assert main(strict) == 2
-    assert Path(journal).stat().st_ino == kept
-    assert main(["batch", "in.txt", "--journal", journal]) == 0
-    assert main(strict) == 2
-    with read_journal(journal) as reader:
-        assert len(reader) == 1
-    assert asked(place) == {"x"}
-
-
-def test_what_stands_in_a_journal(tmp_path: Path) -> None:
-    """An item, a batch of a provider's, or another run that is using it: such a journal is not empty."""
-    note = BatchNote("k", "created", 1, 0.0, "file", "batch")
-    for suffix, make in (("sqlite", SQLiteFile), ("jsonl", JSONLFile)):
-        empty, placed, used, other = (tmp_path / f"{name}.{suffix}" for name in ("empty", "placed", "used", "other"))
-        for path in (empty, placed, used):
-            with closing(make(path)) as file:
-                file.settle({"who": {"format": 1}})
-                if path is placed:
-                    file.note(note, [Placed("a", "key")])
-        other.write_bytes(b"my notes")
-        lock = JournalLock(used)
-        for path in (empty, placed, used, other, tmp_path / "none"):
-            remove_empty(path)
-        lock.release()
-        assert [path.exists() for path in (empty, placed, used, other)] == [False, True, True, True]
-    assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".sqlite", ".jsonl")] == []
 
 
 def test_a_malformed_first_line_of_a_strict_run(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

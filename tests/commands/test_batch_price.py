@@ -1,0 +1,129 @@
+"""What a run of ``asyncmodels batch`` costs: prices, budgets, and those that cannot be kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncmodels.batch.reading import read_journal
+from asyncmodels.batch.report_text import money
+from asyncmodels.cli import main
+from asyncmodels.model import Model
+from asyncmodels.testing import ScriptedBackend
+from asyncmodels.types import Response, Usage
+from tests.commands.asking import asked, lines, refused, wrote
+from tests.commands.conftest import Provided
+from tests.server.handle import Place
+from tests.server.script import Answer
+
+
+def test_limits_beside_a_chain_of_one_s_own(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Policies replace the default chain, which has the limits: they are refused instead of being left out."""
+    Path("in.txt").write_text("x\n")
+    own = ["in.txt", "--model-arg", "policies=[]"]
+    assert main(["batch", *own, "-q"]) == 0
+    capsys.readouterr()
+    said = refused(capsys, place, *own, "--budget", "2", "--price", "1,2", "--rpm", "60")
+    assert "put requests_per_minute and budget into it" in said
+
+
+def test_a_price_of_one_s_own(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --price a budget holds for a model of which no list knows, and the summary and the journal say what was
+    spent; without a budget, too."""
+    Path("in.txt").write_text("one\ntwo\n")
+    command = ["batch", "in.txt", "-o", "out.jsonl", "--price", "1000,2000", "--max-tokens", "20"]
+    assert main([*command, "--budget", "1"]) == 0
+    counted = [(row["input_tokens"], row["output_tokens"]) for row in lines("out.jsonl")]
+    spent = sum(1e-3 * tokens + 2e-3 * answer for tokens, answer in counted)
+    assert spent > 0
+    assert f"; {money(spent, 'USD')} spent. -> out.jsonl" in capsys.readouterr().err
+    with read_journal("out.jsonl.sqlite") as journal:
+        assert list(journal.samples())[-1].spent == pytest.approx(spent)
+    assert main([*command, "--overwrite"]) == 0
+    assert f"; {money(spent, 'USD')} spent. -> out.jsonl" in capsys.readouterr().err
+    assert main([*command, "--overwrite", "--budget", "0.001"]) == 1
+    assert "2 BudgetExceededError, such as id '0': " in capsys.readouterr().err
+    assert len(asked(place)) == 4
+
+
+def test_a_third_price(provided: Provided, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is for input that the provider has read from its cache."""
+    usage = {
+        "prompt_tokens": 100,
+        "completion_tokens": 10,
+        "total_tokens": 110,
+        "prompt_tokens_details": {"cached_tokens": 40},
+    }
+    body = {
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "x"}, "finish_reason": "stop"}],
+        "usage": usage,
+    }
+    provided(Answer(body=json.dumps(body)))
+    Path("in.txt").write_text("one\n")
+    assert main(["batch", "in.txt", "--price", "1000,2000,500"]) == 0
+    assert f"; {money(0.06 + 0.02 + 0.02, 'USD')} spent. -> standard output" in capsys.readouterr().err
+
+
+def test_a_model_of_another_kind(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is none of the remote models has its budget and its price around it."""
+
+    def made(name: str) -> Model:
+        return Model(ScriptedBackend(Response(content="x", finish_reason="stop", usage=Usage(5, 5)), repeat=True))
+
+    monkeypatch.setattr("asyncmodels.load", made)
+    Path("in.txt").write_text("x\n")
+    command = ["in.txt", "-m", "plain:m", "--budget", "1", "--max-tokens", "9"]
+    said = refused(capsys, place, *command)
+    assert said.startswith("--budget needs the price of 'scripted', which the price list does not know")
+    assert main(["batch", *command, "--price", "1000,0", "--no-journal"]) == 0
+    assert "; $0.00500 spent. -> standard output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--max-tokens", "5"], "--budget needs the price of 'm', which the price list does not know: give --price IN"),
+        (["--price", "1,2"], "--budget must know how long an answer may be: give --max-tokens."),
+        (["--mode", "batch"], "--budget is about calls, of which --mode batch makes none."),
+    ],
+)
+def test_a_budget_that_cannot_be_kept(
+    arguments: list[str], said: str, place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It is said once, before anything is asked, and not by each row."""
+    Path("in.txt").write_text("x\n")
+    before = sorted(tmp_path.iterdir())
+    assert refused(capsys, place, "in.txt", "-o", "out.jsonl", "--budget", "1", *arguments).startswith(said)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_rows_that_say_how_long_their_answers_may_be(place: Place) -> None:
+    """A budget lets those in that have a max_tokens of their own, and a price of nothing lets in all."""
+    assert main(["batch", wrote("in.jsonl", {"prompt": "x", "max_tokens": 5}), "--budget", "1", "--price", "1,2"]) == 0
+    assert main(["batch", wrote("in.jsonl", {"prompt": "x"}), "--budget", "1", "--price", "0,0"]) == 0
+    assert main(["batch", "in.jsonl", "--budget", "1", "--price", "1,2", "--model-arg", "max_tokens=5"]) == 0
+    assert len(asked(place)) == 3
+
+
+def test_no_price_list(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not installed both ways out are named."""
+    monkeypatch.setitem(sys.modules, "genai_prices.data_snapshot", None)
+    Path("in.txt").write_text("x\n")
+    said = refused(capsys, place, "in.txt", "--budget", "1")
+    assert said.startswith("--budget needs the price of 'm': give --price IN,OUT, in dollars for a million tokens, or ")
+    assert said.endswith('pip install "asyncmodels[prices]".')
+
+
+@pytest.mark.parametrize("price", ["1", "1,x", "1,-2", "1,2,3,4", "1,inf", ""])
+def test_prices_that_are_none(price: str, place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is wrong usage says what is needed."""
+    with pytest.raises(SystemExit) as caught:
+        main(["batch", "in.txt", f"--price={price}"])
+    assert caught.value.code == 2
+    assert "two prices are needed with a comma between them" in capsys.readouterr().err
+    assert asked(place) == []
