@@ -27,7 +27,7 @@ With --template or --column the rows of every format are data, of which only tho
 Ids, or else the places of the rows, tell results apart and must not change when a run is resumed.
 
 exit codes:
-  0    all were answered
+  0    all were answered, or there was nothing to ask
   1    some failed; the output says which and why
   2    nothing was asked: the command line, the input, the output or the journal cannot be used
   3    the run ended before its end: a full disk, --max-errors, --bad-lines stop, or the same refusal for all

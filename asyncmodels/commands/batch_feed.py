@@ -22,6 +22,7 @@ class Feed:
     """
 
     def __init__(self, rows: Rows, prompts: Prompts, *, strict: bool) -> None:
+        self.name = rows.name
         self._rows = iter(rows) if isinstance(rows, TableRows) else rows.rest()
         self._close = rows.close
         self._prompts = prompts

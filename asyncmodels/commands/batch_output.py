@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from asyncmodels.batch.item import Item
 from asyncmodels.batch.record import sound
+from asyncmodels.commands.batch_partial import partial_of, remove_stale
 from asyncmodels.commands.terminal import UsageError
 from asyncmodels.errors import MissingExtraError
 
@@ -264,7 +265,8 @@ class _Parquet(Output):
         self._existing = existing
         self._columns = columns
         self._make = make
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._partial = partial_of(path)
+        self._cleared = False
         self._file: Any = None
         self._count = 0
 
@@ -276,6 +278,10 @@ class _Parquet(Output):
             raise UsageError(_cannot(self._path, error)) from error
 
     def write(self, row: Row) -> None:
+        if not self._cleared:
+            # Not before: whoever has a row to write holds the journal, which a run that is at work would not give up.
+            self._cleared = True
+            remove_stale(self._path)
         kinds = dict(self._columns)
         self.pending.append({name: _typed(row.get(name), kind) for name, kind in kinds.items()})
         if len(self.pending) >= _TOGETHER:

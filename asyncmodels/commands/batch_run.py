@@ -123,7 +123,9 @@ class _Reader:
         trouble = self._keeper.trouble
         if trouble is not None:
             why = f"{batch.output.name} cannot be written: {reason(trouble)}. {self._whereabouts(error)}"
-        if not batch.quiet:
+        if not batch.quiet and whole and not now.done:
+            self._say(f"there was nothing to ask: {batch.feed.name} has no prompt in it. -> {batch.output.name}")
+        elif not batch.quiet:
             self._summary(now)
         if interrupted:
             self._say(" ".join(filter(None, ("Interrupted.", why, self._advice()))))

@@ -415,15 +415,6 @@ def test_missing_key(place: Place, capsys: pytest.CaptureFixture[str], monkeypat
 
 
 @pytest.mark.usefixtures("place")
-def test_an_empty_input(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing to ask is answered by nothing, and a table still has its header."""
-    Path("in.jsonl").write_text("\n\n")
-    assert main(["batch", "in.jsonl", "-o", "out.csv"]) == 0
-    assert Path("out.csv").read_text().startswith("id,content,")
-    assert "0 of 0 answered" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("place")
 def test_a_closed_pipe(started: Started) -> None:
     """When whoever reads stops reading, as ``head`` does, the program ends quietly with 141."""
     Path("in.txt").write_text("".join(f"{number}\n" for number in range(2000)))
