@@ -4,8 +4,8 @@
 #   bash tests/run.sh                          ruff, mypy --strict, and all tests
 #   bash tests/run.sh tests/test_cli.py -k x   pytest with these arguments, and nothing else
 #
-# All tests means two runs of pytest: those without a model in one process for each core, then those that load one or
-# need a GPU one after the other, since the real ones use all the cores and the memory that there are.
+# All tests means several runs of pytest: those without a model in one process for each core, then those that start a
+# Ray cluster, load a model or need a GPU one after the other, since these use all the cores and the memory there are.
 #
 # The packages go into a virtual environment outside the checkout, keyed by what decides its content, so that a second
 # run starts in seconds and every checkout with the same dependencies shares it. ASYNCMODELS_VENVS says where;
@@ -108,10 +108,14 @@ cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 failed=0
 say "pytest, without a model"
 # All that is in those folders is marked; left out by name as well, so that no process imports torch for the tests there.
-"$venv/bin/python" -m pytest -m "not model and not gpu" --ignore-glob "tests/local/on_*" \
+"$venv/bin/python" -m pytest -m "not model and not gpu and not cluster" --ignore-glob "tests/local/on_*" \
     -o faulthandler_timeout=460 -n "$((cores < 8 ? cores : 8))" --dist worksteal || failed=$?
+say "pytest, on a Ray cluster"
+# One after the other, in a process that is replaced where Ray takes it along.
+"$venv/bin/python" -m pytest -m cluster -o faulthandler_timeout=460 -n 1 \
+    tests/integrations/test_ray*.py tests/examples/test_ray_cluster.py || failed=$?
 say "pytest, with a model"
-"$venv/bin/python" -m pytest -m "model or gpu" || failed=$?
+"$venv/bin/python" -m pytest -m "(model or gpu) and not cluster" || failed=$?
 say "pytest, apart: the newest litellm, an older huggingface_hub, bare aiobotocore"
 "$venv/apart/bin/python" -m pytest -o faulthandler_timeout=460 -n "$((cores < 8 ? cores : 8))" --dist worksteal \
     tests/remote/test_{litellm,bedrock,converse,huggingface}*.py tests/examples/test_litellm.py \

@@ -18,6 +18,7 @@ pytest.importorskip("ray", reason="Ray is not installed")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "ray_cluster.py"
 
 
+@pytest.mark.cluster
 def test_two_workers_answer(server: Server) -> None:
     """All items are answered, both workers are named with what they did, and a limit of each one's own is refused."""
     place = server.script()

@@ -32,6 +32,8 @@ ray = pytest.importorskip("ray", reason="Ray is not installed")
 from asyncmodels.integrations.ray import RayExecutor  # noqa: E402  # it needs the package above
 from tests.integrations.ray_cluster import Cluster, are_gone, running_cluster  # noqa: E402  # the same
 
+pytestmark = pytest.mark.cluster
+
 KEY = "sk-a-very-secret-key"
 ROOT = Path(__file__).parents[2]
 
