@@ -18,6 +18,7 @@ from asyncmodels.batch.bulk_journal import BatchNote, Placed
 from asyncmodels.batch.journal_file import JournalFile, cannot, no_journal
 from asyncmodels.batch.journal_lock import JournalLock
 from asyncmodels.batch.jsonl_file import JSONLFile, as_record, as_sample, is_jsonl, lines
+from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.record import Questions, Record, Sample
 from asyncmodels.batch.sqlite_file import (
     RECORD_NAMES,
@@ -38,10 +39,12 @@ _LEAST = 80  # bytes of the smallest row
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Salvaged:
-    """``items`` are in the new journal, ``answered`` of them with an answer that a run can go on from."""
+    """What the new journal has: ``items``, one for each id, however often it was tried. Of those ``answered`` have an
+    answer that a run can go on from and ``failed`` ones an error; the others have an answer to nobody knows what."""
 
     items: int
     answered: int
+    failed: int
 
 
 def salvage_journal(path: str | os.PathLike[str], to: str | os.PathLike[str]) -> Salvaged:
@@ -62,12 +65,11 @@ def salvage_journal(path: str | os.PathLike[str], to: str | os.PathLike[str]) ->
             run = found.run()
             file.settle(run)
             questions = None if run.get("who") is None else Questions(run["who"])
-            items = answered = 0
+            empty = True
             records = (checked for record in found.records() if (checked := _checked(record, questions)) is not None)
             while some := list(islice(records, _TOGETHER)):
                 file.write(some, [])
-                items += len(some)
-                answered += sum(record.ok and record.key is not None for record in some)
+                empty = False
             samples = found.samples()
             while few := list(islice(samples, _TOGETHER)):
                 file.write([], few)
@@ -75,10 +77,20 @@ def salvage_journal(path: str | os.PathLike[str], to: str | os.PathLike[str]) ->
             for note in found.batches():
                 if placed := batches.get(note.key):
                     file.note(note, placed)
-    if not items and not batches:
-        target.unlink()
-        raise JournalError(f"Nothing can be read of the journal {str(source)!r}.")
-    return Salvaged(items=items, answered=answered)
+        if empty and not batches:
+            target.unlink()
+            raise JournalError(f"Nothing can be read of the journal {str(source)!r}.")
+        return _counted(target)
+
+
+def _counted(target: Path) -> Salvaged:
+    items = answered = failed = 0
+    with read_journal(target) as journal:
+        for record in journal.records():
+            items += 1
+            answered += record.ok and record.key is not None
+            failed += record.error is not None
+    return Salvaged(items=items, answered=answered, failed=failed)
 
 
 @contextmanager

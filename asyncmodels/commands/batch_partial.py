@@ -1,4 +1,4 @@
-"""A file while it is being written: beside the one that it becomes, hidden, with the number of its process in its name."""
+"""A file while it is written: beside the one that it becomes, hidden, the number of its process in its name."""
 
 from __future__ import annotations
 

@@ -45,5 +45,7 @@ def _salvage(options: argparse.Namespace) -> int:
     from asyncmodels.batch.salvage import salvage_journal
 
     saved = salvage_journal(options.journal, options.new)
-    print(f"{options.new}: {saved.items:,} items, {saved.answered:,} of them answered")
+    other = saved.items - saved.answered - saved.failed
+    unusable = f", {other:,} with an answer that no run can go on from" if other else ""
+    print(f"{options.new}: {saved.items:,} items, {saved.answered:,} answered, {saved.failed:,} failed{unusable}")
     return 0

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.record import Record
 from asyncmodels.batch.salvage import Salvaged, salvage_journal
-from asyncmodels.errors import JournalError
+from asyncmodels.errors import JournalError, ServerError
 from asyncmodels.model import Model
 from asyncmodels.testing import ScriptedBackend
 from asyncmodels.types import Request, Response
@@ -168,6 +169,30 @@ async def test_a_later_version(path: Path) -> None:
         read_journal(path)
 
 
+@pytest.mark.parametrize("suffix", ["sqlite", "jsonl"])
+async def test_what_is_salvaged_is_counted_by_items(path: Path, tmp_path: Path, suffix: str) -> None:
+    """However often an item was tried, it is one: answered, or failed, as its latest attempt was; or of no use, where
+    it is not known what was asked."""
+
+    async def run(**replies: Response | Exception) -> None:
+        model = Model(ScriptedBackend(lambda request: replies[request.messages[-1].text], repeat=True, model="m"))
+        await model.map(list(replies), journal=path, progress=False).results()
+
+    bad, good = ServerError("broken", status=500), Response(content="yes", finish_reason="stop")
+    await run(a=bad, b=bad, c=bad)
+    await run(a=bad, b=good, c=bad)
+    saved = salvage_journal(path, tmp_path / f"first.{suffix}")
+    assert saved == Salvaged(items=3, answered=1, failed=2)
+    await run(a=bad, b=good, c=good)
+    if path.suffix == ".jsonl":
+        path.write_bytes(path.read_bytes().replace(b'"content":"b"', b'"content":"x"'))  # noqa: ASYNC240  # a test's own
+    else:
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE items SET question = replace(question, '\"b\"', '\"x\"')")
+    saved = salvage_journal(path, tmp_path / f"second.{suffix}")
+    assert saved == Salvaged(items=3, answered=1, failed=1)
+
+
 async def test_salvaging_what_cannot_be(path: Path, tmp_path: Path) -> None:
     """Onto a file that exists, from one that does not, or of nothing: one sentence each."""
     with pytest.raises(JournalError, match="no such file"):
@@ -175,7 +200,7 @@ async def test_salvaging_what_cannot_be(path: Path, tmp_path: Path) -> None:
     await ask(path, 2)
     with pytest.raises(JournalError, match="exists"):
         salvage_journal(path, path)
-    assert salvage_journal(path, tmp_path / "to.jsonl") == Salvaged(items=2, answered=2)
+    assert salvage_journal(path, tmp_path / "to.jsonl") == Salvaged(items=2, answered=2, failed=0)
     path.write_bytes(path.read_bytes()[:60])  # noqa: ASYNC240  # the same
     with pytest.raises(JournalError, match=r"Nothing can be read|no journal"):
         salvage_journal(path, tmp_path / "other.jsonl")

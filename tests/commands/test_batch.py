@@ -527,7 +527,7 @@ def test_exporting_and_salvaging(place: Place, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert main(["export", "run.jsonl", "all.parquet"]) == 0
     assert main(["salvage", "run.jsonl", "new.sqlite"]) == 0
-    assert capsys.readouterr().out == "all.parquet: 2 items\nnew.sqlite: 2 items, 2 of them answered\n"
+    assert capsys.readouterr().out == "all.parquet: 2 items\nnew.sqlite: 2 items, 2 answered, 0 failed\n"
     assert parquet.read_table("all.parquet").num_rows == 2
     assert main(["export", "run.jsonl", "all.parquet"]) == 1
     assert capsys.readouterr().err.startswith("asyncmodels: JournalError: The file 'all.parquet' exists")
