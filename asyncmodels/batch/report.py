@@ -11,7 +11,7 @@ from pathlib import Path
 
 from asyncmodels.batch.journal_file import damaged
 from asyncmodels.batch.reading import JournalReader, read_journal
-from asyncmodels.batch.report_page import begin_page, end_page
+from asyncmodels.batch.report_page import begin_page, end_page, is_page_of
 from asyncmodels.batch.report_rows import Rows
 from asyncmodels.batch.report_summary import Summary
 from asyncmodels.errors import ConfigurationError, JournalError
@@ -54,8 +54,9 @@ def write_report(
     It may be called while a run writes to the journal; it blocks, so an event loop gives it to ``asyncio.to_thread``.
     Memory does not grow with the number of items, beyond about 30 bytes for each of ``rows`` and, for a journal in
     JSONL, the ids of all items. The page appears once it is whole. Raises JournalError where the journal cannot be
-    read, or the page cannot be written, or exists and ``overwrite`` does not say that it may go; ConfigurationError for
-    ``rows`` that make no sense.
+    read, or the page cannot be written, or exists and ``overwrite`` does not say that it may go, except where it is
+    that of an earlier report of this journal and ``to`` is left to us; ConfigurationError for ``rows`` that make no
+    sense.
     """
     if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= _MOST_ROWS:
         raise ConfigurationError(f"rows must be a whole number from 0 to {_MOST_ROWS:,}, not {rows!r}.")
@@ -68,7 +69,7 @@ def write_report(
         if target.exists():
             if target.samefile(reader.path):
                 raise JournalError(f"The page cannot take the place of its journal {str(target)!r}.")
-            if not overwrite:
+            if not (overwrite or (to is None and _is_earlier(target, reader.path.name))):
                 raise JournalError(
                     f"The file {str(target)!r} exists: choose another one, or say overwrite=True (--overwrite)."
                 )
@@ -81,6 +82,14 @@ def write_report(
         finally:
             partial.unlink(missing_ok=True)
     return report
+
+
+def _is_earlier(page: Path, journal: str) -> bool:
+    """Whether it is what this makes of the same journal, and so can be made again."""
+    try:
+        return page.is_file() and is_page_of(page, journal)
+    except OSError:
+        return False
 
 
 def _written(reader: JournalReader, partial: Path, target: Path, most: int, price: Price | None) -> Report:

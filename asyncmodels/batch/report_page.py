@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from asyncmodels.batch.report_charts import cost_chart, in_flight_chart, latency_chart, throughput_chart, token_chart
@@ -21,7 +22,7 @@ from asyncmodels.batch.report_summary import Failures, Summary
 from asyncmodels.batch.report_text import clock_time, duration, escaped, money, rounded, share, whole
 from asyncmodels.batch.report_timeline import Column
 
-__all__ = ["begin_page", "end_page"]
+__all__ = ["begin_page", "end_page", "is_page_of"]
 
 
 def begin_page(name: str, summary: Summary, rows: Rows, written: float) -> str:
@@ -35,7 +36,7 @@ def begin_page(name: str, summary: Summary, rows: Rows, written: float) -> str:
     columns = summary.timeline.columns(110)
     figures = f"{_tiles(summary, columns)}{_charts(summary, columns)}{_failures(summary)}"
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{_BEGIN}{_mark(name)}"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
@@ -46,6 +47,13 @@ def begin_page(name: str, summary: Summary, rows: Rows, written: float) -> str:
     )
 
 
+def is_page_of(path: Path, name: str) -> bool:
+    """Whether the file at ``path`` is a page of ours about a journal of this name."""
+    begin = f"{_BEGIN}{_mark(name)}".encode()
+    with open(path, "rb") as file:
+        return file.read(len(begin)) == begin
+
+
 def end_page(rows: Rows) -> str:
     """All of it after its data."""
     names = json.dumps({"columns": COLUMNS, "errors": list(rows.errors), "finishes": list(rows.finishes)})
@@ -54,6 +62,13 @@ def end_page(rows: Rows) -> str:
         f'<script type="application/json" id="names">{harmless}</script>\n<script>{_script()}</script>\n'
         "</body>\n</html>\n"
     )
+
+
+_BEGIN = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+
+
+def _mark(name: str) -> str:
+    return f'<meta name="generator" content="asyncmodels report">\n<meta name="description" content="{escaped(name)}">\n'
 
 
 def _script() -> str:

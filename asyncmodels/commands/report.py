@@ -10,7 +10,7 @@ __all__ = ["add_to"]
 
 _EXAMPLES = """\
 examples:
-  asyncmodels report run.sqlite                       # writes run.html
+  asyncmodels report run.sqlite                       # writes run.html, anew each time
   asyncmodels report run.jsonl -o today.html --overwrite
   asyncmodels report run.sqlite --price 0.15 0.60     # dollars for a million tokens of input, and of output
 
@@ -28,7 +28,7 @@ def add_to(commands: Commands) -> None:
     report.set_defaults(run=_report)
     report.add_argument("journal", help="the journal of the run, .sqlite or .jsonl")
     report.add_argument("-o", "--output", metavar="PATH", help="the page (default: beside the journal, as .html)")
-    report.add_argument("--overwrite", action="store_true", help="replace a page that exists")
+    report.add_argument("--overwrite", action="store_true", help="replace any file; an earlier page of the default name goes anyway")
     report.add_argument(
         "--rows", metavar="N", type=int, default=100_000, help="items in the table at most (default: %(default)s)"
     )

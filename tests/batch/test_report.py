@@ -151,6 +151,27 @@ def test_files_that_are_there(journal: Path, tmp_path: Path) -> None:
     assert {each.name for each in tmp_path.iterdir()} == {journal.name, "page.html"}
 
 
+def test_a_page_of_ours_is_made_anew(journal: Path, tmp_path: Path) -> None:
+    """The page beside a journal is replaced by the next one of that journal; any other file of its name stays."""
+    page = tmp_path / "run.html"
+    first = write_report(journal, rows=1)
+    assert (first.path, first.rows) == (page, 1)
+    assert write_report(journal).rows == 5
+    with pytest.raises(JournalError, match="exists"):
+        write_report(journal, page)  # which was chosen
+    ours = page.read_bytes()
+    other = tmp_path / f"run.{'db' if journal.suffix == '.sqlite' else 'ndjson'}"
+    journal.rename(other)
+    for content in (ours, b"mine", b"", ours[:100]):
+        page.write_bytes(content)
+        with pytest.raises(JournalError, match="exists"):
+            write_report(other)
+        assert page.read_bytes() == content
+    assert write_report(other, overwrite=True).items == 5
+    assert write_report(other).items == 5
+    assert {path.name for path in tmp_path.iterdir()} == {other.name, "run.html"}
+
+
 @pytest.mark.parametrize("rows", [-1, True, 1.5, 500_001])
 def test_rows_that_make_no_sense(journal: Path, rows: Any) -> None:
     """More than a browser can scroll over, and what is no number."""
@@ -336,6 +357,9 @@ def test_the_command(journal: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said.count("\n") == 1
     assert "--overwrite" in said
     assert main(["report", str(journal), "-o", str(to), "--overwrite"]) == 0
+    for _ in range(2):
+        assert main(["report", str(journal)]) == 0
+        assert capsys.readouterr().out.endswith("MB)\n")
     assert main(["report", str(tmp_path / "none.sqlite")]) == 1
     assert "no such file" in capsys.readouterr().err.lower()
     assert main(["report", str(journal), "--price", "-1", "2"]) == 1
