@@ -350,7 +350,7 @@ async def test_no_place_in_the_cluster() -> None:
 
 async def test_those_who_find_no_place_are_not_waited_for() -> None:
     """Of three workers two have a place, and do all of the work once the time for the third is over."""
-    executor = RayExecutor(workers=3, start_timeout=8.0)
+    executor = RayExecutor(workers=3, start_timeout=15.0)
     async with executor:
         items = await echo().map([str(n) for n in range(20)], executor=executor).results()
         counted = executor.statistics()
