@@ -209,6 +209,8 @@ def lines(path: Path, *, lost: list[int] | None = None) -> Iterator[tuple[int, i
             if not line.endswith(b"\n"):
                 if lost is not None:
                     lost.append(number)
+                elif number == 1 and not _HEAD.startswith(line[: len(_HEAD)]):
+                    raise no_journal(path)
                 return
             try:
                 value = json.loads(line)

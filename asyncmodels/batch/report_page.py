@@ -68,7 +68,8 @@ _BEGIN = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
 
 
 def _mark(name: str) -> str:
-    return f'<meta name="generator" content="asyncmodels report">\n<meta name="description" content="{escaped(name)}">\n'
+    whose = f'<meta name="description" content="{escaped(name)}">'
+    return f'<meta name="generator" content="asyncmodels report">\n{whose}\n'
 
 
 def _script() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from asyncmodels.commands.journal_argument import check_journal
 from asyncmodels.commands.terminal import DONE_CODES, Commands
 
 __all__ = ["add_to"]
@@ -36,6 +37,7 @@ def add_to(commands: Commands) -> None:
 def _export(options: argparse.Namespace) -> int:
     from asyncmodels.batch.export import export_journal
 
+    check_journal(options.journal)
     count = export_journal(options.journal, options.file, overwrite=options.overwrite)
     print(f"{options.file}: {count:,} items")
     return 0
@@ -44,6 +46,7 @@ def _export(options: argparse.Namespace) -> int:
 def _salvage(options: argparse.Namespace) -> int:
     from asyncmodels.batch.salvage import salvage_journal
 
+    check_journal(options.journal)
     saved = salvage_journal(options.journal, options.new)
     other = saved.items - saved.answered - saved.failed
     unusable = f", {other:,} with an answer that no run can go on from" if other else ""

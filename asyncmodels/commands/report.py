@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from asyncmodels.commands.journal_argument import check_journal
 from asyncmodels.commands.terminal import DONE_CODES, Commands
 
 __all__ = ["add_to"]
@@ -28,7 +29,9 @@ def add_to(commands: Commands) -> None:
     report.set_defaults(run=_report)
     report.add_argument("journal", help="the journal of the run, .sqlite or .jsonl")
     report.add_argument("-o", "--output", metavar="PATH", help="the page (default: beside the journal, as .html)")
-    report.add_argument("--overwrite", action="store_true", help="replace any file; an earlier page of the default name goes anyway")
+    report.add_argument(
+        "--overwrite", action="store_true", help="replace any file; an earlier page beside the journal needs no leave"
+    )
     report.add_argument(
         "--rows", metavar="N", type=int, default=100_000, help="items in the table at most (default: %(default)s)"
     )
@@ -45,6 +48,7 @@ def _report(options: argparse.Namespace) -> int:
     from asyncmodels.batch.report import write_report
     from asyncmodels.policies.prices import Price
 
+    check_journal(options.journal)
     price = None if options.price is None else Price(input=options.price[0], output=options.price[1])
     report = write_report(options.journal, options.output, rows=options.rows, price=price, overwrite=options.overwrite)
     shown = "" if report.rows == report.items else f", {report.rows:,} of them in its table"
