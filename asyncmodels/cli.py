@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from asyncmodels.commands import ask, batch, bench, journals, models, report
+from asyncmodels.commands.parser import Parser
 from asyncmodels.commands.terminal import EXIT_CODES, UsageError, one_line
 
 __all__ = ["main"]
@@ -46,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="asyncmodels",
         description="One command for every language model: remote providers, and local ones in this process.",
         epilog=ask.EXAMPLES + EXIT_CODES,

@@ -245,6 +245,38 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: asyncmodels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("btach in.txt", "); did you mean 'batch'?"),
+        ("batch in.txt --concurency 5", "unrecognized arguments: --concurency 5 (did you mean --concurrency?)"),
+        ("batch --buget=5", "unrecognized arguments: --buget=5 (did you mean --budget?)"),
+        ("batch in.txt -concurrency=5", "unrecognized arguments: -concurrency=5 (did you mean --concurrency?)"),
+        ("batch in.txt --max_tokens=5 --tempratur=1", "--tempratur=1 (did you mean --max-tokens, --temperature?)"),
+        ("batch --mode btach", "); did you mean 'batch'?"),
+        ("batch --mode xyz", ")"),
+        ("ask x --hot", "unrecognized arguments: --hot"),
+        ("ask a b", "unrecognized arguments: b"),
+        ("report run.sqlite --ovrewrite", "unrecognized arguments: --ovrewrite (did you mean --overwrite?)"),
+        ("bench --warm-up=1", "unrecognized arguments: --warm-up=1 (did you mean --warmup?)"),
+        ("frobnicate", ")"),
+    ],
+)
+def test_typing_mistakes(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line names what may have been meant, of the options of the command that was called, or of the commands;
+    and nothing where nothing is alike."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments.split())
+    assert caught.value.code == 2
+    usage, *_, last = capsys.readouterr().err.splitlines()
+    command = arguments.split()[0]
+    assert usage.startswith(
+        "usage: asyncmodels" if command in ("btach", "frobnicate") else f"usage: asyncmodels {command}"
+    )
+    assert last.endswith(said)
+    assert ("did you mean" in last) == ("did you mean" in said)
+
+
 @pytest.mark.parametrize("prompt", [[""], ["  \n"], []])
 def test_nothing_to_ask(prompt: list[str]) -> None:
     """An empty prompt, and an empty pipe, are wrong usage and reach no model."""

@@ -88,7 +88,9 @@ CORE: Mapping[str, set[str]] = {
     "testing": {"backend", "clock", "errors", "stopping", "types"},
     # on top
     "": set(),
-    "cli": {f"commands.{name}" for name in ("ask", "batch", "bench", "journals", "models", "report", "terminal")},
+    "cli": {
+        f"commands.{name}" for name in ("ask", "batch", "bench", "journals", "models", "parser", "report", "terminal")
+    },
     "__main__": {"cli"},
 }
 """What each module of the core imports when it is imported; "" is the package itself."""

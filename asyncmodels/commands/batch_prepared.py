@@ -56,9 +56,8 @@ class Prepared:
         options = self.options
         calls: int | None = options.concurrency if options.concurrency != "auto" else None
         async with load_model(options, "auto" if calls is None else calls) as model:
-            if options.budget is not None:
-                bounded = "max_tokens" in {**model._defaults, **self.params} or self.prompts.have_parameters
-                check_budget(model, options.price, bounded=bounded)
+            most = {**model._defaults, **self.params}.get("max_tokens")
+            check_budget(model, options.price, bounded=most is not None or self.prompts.have_parameters)
             journal = None if self.journal is None else self.journal.path
             self.output.open()
             try:

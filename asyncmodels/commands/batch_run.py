@@ -82,6 +82,7 @@ class Batch:
             reader.end(interrupted=True)
             raise
         except AsyncModelsError as error:
+            self.feed.stop()  # whose own error it may not be
             reader.end(error)
         except BaseException:
             reader.close()

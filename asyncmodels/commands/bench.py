@@ -98,6 +98,10 @@ def _bench(options: argparse.Namespace) -> int:
     levels: list[Level] = []
     try:
         asyncio.run(_measure(options, levels))
+    except KeyboardInterrupt:
+        if not levels:
+            print("asyncmodels bench: interrupted before a level was complete: nothing was measured.", file=sys.stderr)
+        raise
     finally:
         # Also after Ctrl-C, or where the model went away: what was measured took its time.
         if levels:

@@ -64,10 +64,12 @@ def load_model(options: argparse.Namespace, calls: int | Literal["auto"], **chai
             "tokens_per_minute": tpm,
             "budget": dollars if budget is None else budget,
         }
-        if given.get("policies") is None:
-            limits |= {"max_concurrency": calls, **chain}
-        # A chain of the caller's own has no place for limits, and says so.
-        return load(name, **{name: value for name, value in limits.items() if value is not None} | given)
+        limits = {name: value for name, value in limits.items() if value is not None}
+        for twice in limits.keys() & given:
+            raise UsageError(f"{twice} is given twice: by an option of its own, and by --model-arg.")
+        if given.get("policies") is None:  # which have no place for limits, and say so
+            given = {"max_concurrency": calls, **chain, **given}
+        return load(name, **limits, **given)
     model = load(name, **given)
     policies: list[Any] = []
     if dollars is not None or budget is not None:

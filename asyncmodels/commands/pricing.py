@@ -45,7 +45,8 @@ def check_budget(model: Model, price: Sequence[float] | None, *, bounded: bool) 
     may be; ``bounded`` says that requests have a max_tokens, or may have one of their own."""
     from asyncmodels.policies.spending import SpendingStatistics
 
-    if not any(isinstance(counted, SpendingStatistics) for counted in model.statistics().links.values()):
+    counts = model.statistics().links.values()
+    if not any(isinstance(counted, SpendingStatistics) and counted.left is not None for counted in counts):
         return
     tariff = _tariff(model, price)
     if tariff is None or tariff.context is not None or bounded:

@@ -7,9 +7,11 @@ import os
 import sys
 from typing import Any, TypeAlias
 
+from asyncmodels.commands.parser import Parser
+
 __all__ = ["DONE_CODES", "EXIT_CODES", "Commands", "UsageError", "add_model", "dumps", "one_line", "quiet_logs"]
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 """What a command adds its parser to."""
 
 EXIT_CODES = """\
