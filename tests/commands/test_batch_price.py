@@ -49,6 +49,16 @@ def test_a_price_of_one_s_own(place: Place, capsys: pytest.CaptureFixture[str]) 
     assert len(asked(place)) == 4
 
 
+def test_going_on_with_a_price(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """A price makes no other run of it: what was answered without one is not asked, or paid for, again."""
+    Path("in.txt").write_text("one\n")
+    assert main(["batch", "in.txt", "-o", "out.jsonl"]) == 0
+    assert "spent" not in capsys.readouterr().err
+    assert main(["batch", "in.txt", "-o", "out.jsonl", "--resume", "--price", "1,2"]) == 0
+    assert "spent" not in capsys.readouterr().err
+    assert len(asked(place)) == 1
+
+
 def test_a_third_price(provided: Provided, capsys: pytest.CaptureFixture[str]) -> None:
     """It is for input that the provider has read from its cache."""
     usage = {
@@ -89,6 +99,7 @@ def test_a_model_of_another_kind(
     [
         (["--max-tokens", "5"], "--budget needs the price of 'm', which the price list does not know: give --price IN"),
         (["--price", "1,2"], "--budget must know how long an answer may be: give --max-tokens."),
+        (["--price", "1,2", "--model-arg", "budget=3"], "budget is given twice: by an option of its own, and by --mod"),
         (["--mode", "batch"], "--budget is about calls, of which --mode batch makes none."),
     ],
 )
@@ -100,6 +111,12 @@ def test_a_budget_that_cannot_be_kept(
     before = sorted(tmp_path.iterdir())
     assert refused(capsys, place, "in.txt", "-o", "out.jsonl", "--budget", "1", *arguments).startswith(said)
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_budget_among_the_settings_of_the_model(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """It needs a price as well."""
+    Path("in.txt").write_text("x\n")
+    assert refused(capsys, place, "in.txt", "--model-arg", "budget=3").startswith("--budget needs the price of 'm', ")
 
 
 def test_rows_that_say_how_long_their_answers_may_be(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -214,6 +215,19 @@ def test_interrupt(provided: Provided, started: Started) -> None:
     assert head[3].split()[:3] == ["1", "2", "0"]
     assert "tokens per second" in out
     assert (process.returncode, err) == (130, "")
+
+
+@pytest.mark.parametrize("shown", [[], ["--json"]])
+@pytest.mark.parametrize("answered", [0, 2])
+def test_interrupt_of_the_first_level(provided: Provided, started: Started, answered: int, shown: list[str]) -> None:
+    """Where no level is complete, in the warm-up or after, it is said that nothing was measured."""
+    place = provided(*[WORDS] * answered, Answer(fault="hang"))
+    with started("bench", "-c", "1,2", "-n", "2", *shown) as process:
+        asyncio.run(place.until(requests=answered + 1))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, len(out.splitlines())) == (130, 3 if answered and not shown else 0)
+    assert err == "asyncmodels bench: interrupted before a level was complete: nothing was measured.\n"
 
 
 @pytest.mark.model
