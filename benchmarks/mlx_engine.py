@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--prompt-cache-bytes", type=int, help="as the model's own; 0 turns the prompt cache off")
+    parser.add_argument("--prefix-cache-bytes", type=int, help="as the model's own; 0 turns the prompt cache off")
     parser.add_argument("--quick", action="store_true", help="two small rounds, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
