@@ -191,7 +191,7 @@ class Model(Backend, Reproducible):
         Inputs are strings, lists of messages, Requests, or dicts of ``messages`` (or a ``prompt``), an ``id`` and
         parameters of their own, in a list, an iterator or an async iterator; ``params`` are for those that have none.
         Raises InvalidRequestError for ``params`` that are unknown or wrong; what is wrong in an input is its own error.
-        Memory stays bounded at any length, but for the ids that inputs bring (about 60 MB for a million).
+        Memory stays bounded at any length, but for the ids that inputs bring (about 12 MB for a million).
 
         At most ``concurrency`` calls are in flight, 1000 unless told, whatever the model's own limit is. Items come as
         they complete, or in the order of the input with ``ordered``. ``limit`` reads no more than so many inputs,

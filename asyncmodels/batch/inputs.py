@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from asyncmodels.batch.item import Entry
+from asyncmodels.batch.marks import Marks
 from asyncmodels.errors import ConfigurationError, InvalidRequestError, RunStoppedError
 from asyncmodels.types import Message, Request
 
@@ -63,7 +64,7 @@ class _Reader:
     def __init__(self, make: MakeRequest) -> None:
         self._make = make
         self._index = 0
-        self._seen: set[int] = set()
+        self._seen = Marks()
         """Hashes of the ids that callers gave."""
         self._unnamed = bytearray()
         """For each input a 1 where its id is its place."""
@@ -102,9 +103,8 @@ class _Reader:
         is_place = place < index and self._unnamed[place] and str(place) == given
         if is_place:
             raise InvalidRequestError("this id is the place of an earlier input without one: give ids to all or none.")
-        if mark in self._seen:
+        if not self._seen.add(mark):
             raise InvalidRequestError("this id was there before: ids must differ, or results cannot be told apart.")
-        self._seen.add(mark)
 
 
 def _id(value: Any) -> str | None:
