@@ -54,7 +54,7 @@ _END_WITHIN = 120.0
 
 
 def pytest_configure() -> None:
-    """Lets Ctrl-C reach the programs that tests start: a shell's jobs in the background ignore it, and so would they."""
+    """Lets Ctrl-C reach the programs that tests start: what a shell runs in the background ignores it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
