@@ -223,7 +223,10 @@ class Model(Backend, Reproducible):
         kept = as_journal(journal)
         others = {"concurrency": concurrency, "executor": executor, "schedule": schedule}
         bulk = plan_of(self, mode, journal=kept, params=params, others=others)
-        normalise(params, beside=self.map.__annotations__)  # else a misspelt keyword were an error of each item
+        if isinstance(tools := params.get("tools"), Iterator):
+            params["tools"] = [*tools]  # for every item, not for the first alone
+        # Else a misspelt keyword were an error of each item.
+        normalise(params, beside=self.map.__annotations__.keys() - {"inputs", "params", "return"})
         if concurrency is None:
             concurrency = 1000 if executor is None else executor.concurrency
         settings = RunSettings(

@@ -409,6 +409,8 @@ async def test_a_table_of_results_that_were_read() -> None:
         ({"concurency": 5}, "did you mean 'concurrency'"),
         ({"jurnal": "run.sqlite"}, "did you mean 'journal'"),
         ({"temperature": "hot"}, "temperature"),
+        ({"params": {"max_tokens": 5}}, "Unknown parameter 'params': what only"),
+        ({"retrun": 1}, "Unknown parameter 'retrun': what only"),
     ],
 )
 async def test_wrong_parameters_are_refused_at_once(params: dict[str, Any], says: str) -> None:
@@ -418,3 +420,19 @@ async def test_wrong_parameters_are_refused_at_once(params: dict[str, Any], says
     (bad, good) = await Echo().model.map([{"prompt": "a", **params}, "b"]).results()
     assert isinstance(bad.error, InvalidRequestError)
     assert str(good.unwrap()) == "b"
+
+
+async def test_tools_that_can_be_gone_through_once_are_for_all_items() -> None:
+    """An iterator of tools is read once, for the run and not for its first item."""
+
+    def look(place: str) -> str:
+        """Looks around.
+
+        Args:
+            place: where
+        """
+        return place
+
+    backend = ScriptedBackend("yes", repeat=True)
+    await Model(backend).map(["a", "b"], tools=iter([look])).results()
+    assert [[tool.name for tool in request.tools] for request in backend.requests] == [["look"], ["look"]]
