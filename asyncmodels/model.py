@@ -223,10 +223,11 @@ class Model(Backend, Reproducible):
         kept = as_journal(journal)
         others = {"concurrency": concurrency, "executor": executor, "schedule": schedule}
         bulk = plan_of(self, mode, journal=kept, params=params, others=others)
-        if isinstance(tools := params.get("tools"), Iterator):
-            params["tools"] = [*tools]  # for every item, not for the first alone
+        asked: dict[str, Any] = dict(params)
+        if isinstance(asked.get("tools"), Iterator):
+            asked["tools"] = [*asked["tools"]]  # for every item, not for the first alone
         # Else a misspelt keyword were an error of each item.
-        normalise(params, beside=self.map.__annotations__.keys() - {"inputs", "params", "return"})
+        normalise(asked, beside=self.map.__annotations__.keys() - {"inputs", "params", "return"})
         if concurrency is None:
             concurrency = 1000 if executor is None else executor.concurrency
         settings = RunSettings(
@@ -242,7 +243,7 @@ class Model(Backend, Reproducible):
             self,
             inputs,
             settings,
-            params=dict(params),
+            params=asked,
             journal=kept,
             progress=progress,
             executor=executor,

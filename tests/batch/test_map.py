@@ -434,5 +434,6 @@ async def test_tools_that_can_be_gone_through_once_are_for_all_items() -> None:
         return place
 
     backend = ScriptedBackend("yes", repeat=True)
-    await Model(backend).map(["a", "b"], tools=iter([look])).results()
+    tools: Any = iter([look])
+    await Model(backend).map(["a", "b"], tools=tools).results()
     assert [[tool.name for tool in request.tools] for request in backend.requests] == [["look"], ["look"]]
