@@ -55,8 +55,7 @@ def write_report(
     Memory does not grow with the number of items, beyond about 30 bytes for each of ``rows`` and, for a journal in
     JSONL, the ids of all items. The page appears once it is whole. Raises JournalError where the journal cannot be
     read, or the page cannot be written, or exists and ``overwrite`` does not say that it may go, except where it is
-    that of an earlier report of this journal and ``to`` is left to us; ConfigurationError for ``rows`` that make no
-    sense.
+    that of an earlier report of this run and ``to`` is left to us; ConfigurationError for ``rows`` that make no sense.
     """
     if isinstance(rows, bool) or not isinstance(rows, int) or not 0 <= rows <= _MOST_ROWS:
         raise ConfigurationError(f"rows must be a whole number from 0 to {_MOST_ROWS:,}, not {rows!r}.")
@@ -66,10 +65,10 @@ def write_report(
         target = reader.path.with_suffix(".html") if to is None else Path(os.fspath(to)).expanduser()
         if target.is_dir():
             raise JournalError(f"The page {str(target)!r} cannot be written: it is a folder.")
-        if target.exists():
-            if target.samefile(reader.path):
+        if os.path.lexists(target):
+            if target.exists() and target.samefile(reader.path):
                 raise JournalError(f"The page cannot take the place of its journal {str(target)!r}.")
-            if not (overwrite or (to is None and _is_earlier(target, reader.path.name))):
+            if not (overwrite or (to is None and _is_earlier(target, reader))):
                 raise JournalError(
                     f"The file {str(target)!r} exists: choose another one, or say overwrite=True (--overwrite)."
                 )
@@ -84,10 +83,10 @@ def write_report(
     return report
 
 
-def _is_earlier(page: Path, journal: str) -> bool:
-    """Whether it is what this makes of the same journal, and so can be made again."""
+def _is_earlier(page: Path, reader: JournalReader) -> bool:
+    """Whether it is what this makes of the same run, and so can be made again; a link is somebody else's."""
     try:
-        return page.is_file() and is_page_of(page, journal)
+        return page.is_file() and not page.is_symlink() and is_page_of(page, reader.path.name, reader.run)
     except OSError:
         return False
 

@@ -22,6 +22,7 @@ class Costs:
         self._listed = 0
         self._counted: float | None = None
         self._before = 0.0
+        self._uncounted = False
         self.currency = "USD"
         self.origin = origin_in(run)
         self.given = price is not None
@@ -38,11 +39,16 @@ class Costs:
         return None if self._tariff is None else self._listed / UNIT
 
     @property
+    def partial(self) -> bool:
+        """Whether ``total`` is that of some items, nobody knows which: not every run had a Budget."""
+        return self._uncounted and self._counted is not None and not self.given
+
+    @property
     def source(self) -> str:
         if self.given:
             return "at the price given"
         if self._counted is not None:
-            return "by the run's budget"
+            return "by the run's budget, where it had one" if self.partial else "by the run's budget"
         if self._tariff is not None:
             return "at list price"
         return "runs in the program" if self.origin.local else "no price is known"
@@ -58,6 +64,7 @@ class Costs:
 
     def sample(self, sample: Sample) -> None:
         if sample.spent is None:
+            self._uncounted = True
             return
         # Each run counts from nothing; a journal may be that of several.
         since = sample.spent - self._before if sample.spent >= self._before else sample.spent

@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from asyncmodels.batch.report_charts import cost_chart, in_flight_chart, latency_chart, throughput_chart, token_chart
@@ -36,7 +37,7 @@ def begin_page(name: str, summary: Summary, rows: Rows, written: float) -> str:
     columns = summary.timeline.columns(110)
     figures = f"{_tiles(summary, columns)}{_charts(summary, columns)}{_failures(summary)}"
     return (
-        f"{_BEGIN}{_mark(name)}"
+        f"{_BEGIN}{_mark(name, summary.run)}"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
@@ -47,9 +48,9 @@ def begin_page(name: str, summary: Summary, rows: Rows, written: float) -> str:
     )
 
 
-def is_page_of(path: Path, name: str) -> bool:
-    """Whether the file at ``path`` is a page of ours about a journal of this name."""
-    begin = f"{_BEGIN}{_mark(name)}".encode()
+def is_page_of(path: Path, name: str, run: Mapping[str, Any]) -> bool:
+    """Whether the file at ``path`` is a page of ours about this ``run`` of a journal of this name."""
+    begin = f"{_BEGIN}{_mark(name, run)}".encode()
     with open(path, "rb") as file:
         return file.read(len(begin)) == begin
 
@@ -67,8 +68,10 @@ def end_page(rows: Rows) -> str:
 _BEGIN = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
 
 
-def _mark(name: str) -> str:
-    whose = f'<meta name="description" content="{escaped(name)}">'
+def _mark(name: str, run: Mapping[str, Any]) -> str:
+    """A journal that is started over has the name of the one before it; when it was made tells them apart."""
+    created = escaped(json.dumps(run.get("created")))
+    whose = f'<meta name="description" content="{escaped(name)}">\n<meta name="created" content="{created}">'
     return f'<meta name="generator" content="asyncmodels report">\n{whose}\n'
 
 
@@ -188,7 +191,8 @@ def _cost(summary: Summary) -> _Tile:
     cost, currency = summary.costs.total, summary.costs.currency
     if cost is None:
         return _Tile("Cost", "?", summary.costs.source)
-    each = f"{money(cost / summary.answered * 1000, currency)} per 1,000 · " if summary.answered and cost else ""
+    shared = cost and summary.answered and not summary.costs.partial
+    each = f"{money(cost / summary.answered * 1000, currency)} per 1,000 · " if shared else ""
     return _Tile("Cost", money(cost, currency), f"{each}{summary.costs.source}")
 
 
