@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from asyncmodels.batch.item import Item
 from asyncmodels.batch.record import sound
-from asyncmodels.commands.batch_partial import partial_of, remove_stale
+from asyncmodels.commands.batch_partial import aside_of, left_aside, partial_of, remove_stale
 from asyncmodels.commands.terminal import UsageError
 from asyncmodels.errors import MissingExtraError
 
@@ -130,7 +131,7 @@ class _Lines(Output):
         self._size = 0
         self._file = -1
         self._made = False
-        self._before: Path | None = None
+        self._before: list[Path] = []
 
     def open(self) -> None:
         _check_place(self._path, self._existing)
@@ -160,14 +161,24 @@ class _Lines(Output):
         file, self._file = self._file, -1
         if file < 0:
             return
+        needless = self._made and not self._size and not whole and self._is_empty(file)
         try:
             os.fsync(file)
         finally:
             os.close(file)
-        if self._made and not self._size and not whole:
+        if needless:
             self._path.unlink(missing_ok=True)
-        if whole and self._before is not None:
-            self._before.unlink(missing_ok=True)
+        if whole:
+            for path in self._before:
+                with suppress(OSError):
+                    path.unlink()
+
+    def _is_empty(self, file: int) -> bool:
+        """Whether it is still the one at its path, and nobody else has written to it."""
+        with suppress(OSError):
+            there = os.fstat(file)
+            return not there.st_size and os.path.samestat(there, os.stat(self._path))
+        return False
 
     def _append(self, data: bytes) -> None:
         if self._file < 0:
@@ -189,11 +200,18 @@ class _Lines(Output):
         That of a run which is resumed stays beside it until the new one is whole: there may be answers in it that its
         journal could not take any more.
         """
+        self._before = left_aside(self._path)
+        aside = None
         if self._existing == "resume" and self._path.exists():
-            self._before = self._path.with_name(f"{self._path.name}.before")
-            if not self._before.exists():
-                self._path.replace(self._before)
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+            aside = aside_of(self._path)
+            self._path.rename(aside)
+            self._before.append(aside)
+        try:
+            return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
+        except OSError:
+            if aside is not None:
+                aside.rename(self._path)
+            raise
 
 
 def json_output(path: Path, existing: Existing) -> Output:
@@ -300,12 +318,21 @@ class _Parquet(Output):
                 self._count += len(self.pending)
             file.close()
             if self._count or whole:
-                self._partial.replace(self._path)
+                self._publish()
                 self.pending.clear()
         finally:
             with suppress(OSError):
                 file.close()
             self._partial.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        if self._existing == "refuse":
+            with suppress(OSError):  # a disk without hard links, if not one that has such a file
+                os.link(self._partial, self._path)
+                return
+            if self._path.exists():
+                raise FileExistsError(errno.EEXIST, "another file was put there meanwhile", str(self._path))
+        self._partial.replace(self._path)
 
     def _save(self) -> None:
         self._file.write(self.pending)

@@ -12,10 +12,12 @@ from typing import Any
 
 from asyncmodels.batch.file_journal import FileJournal
 from asyncmodels.batch.item import Item
+from asyncmodels.batch.reading import read_journal
 from asyncmodels.commands import batch_output
 from asyncmodels.commands.batch_feed import CountedFeed, Feed, FileFeed, PipeFeed
-from asyncmodels.commands.batch_journal import journal_at, remove_empty, start_over
+from asyncmodels.commands.batch_journal import journal_at, remove_empty
 from asyncmodels.commands.batch_output import Output
+from asyncmodels.commands.batch_partial import OldJournal
 from asyncmodels.commands.batch_prompts import Prompts, Wanted
 from asyncmodels.commands.batch_rows import Rows, open_rows
 from asyncmodels.commands.batch_run import Batch
@@ -24,7 +26,7 @@ from asyncmodels.commands.loading import load_model, settings
 from asyncmodels.commands.openai_lines import result_line
 from asyncmodels.commands.pricing import check_budget
 from asyncmodels.commands.terminal import UsageError, one_line
-from asyncmodels.errors import InvalidRequestError
+from asyncmodels.errors import InvalidRequestError, JournalError
 from asyncmodels.formats import as_response_format
 from asyncmodels.request import normalise
 
@@ -61,9 +63,6 @@ class Prepared:
             journal = None if self.journal is None else self.journal.path
             self.output.open()
             try:
-                if options.overwrite and journal is not None:
-                    start_over(journal)
-                is_new = journal is not None and not journal.exists()
                 feed = self.feed = self._feed()
                 run = model.map(
                     feed,  # type: ignore[arg-type]  # every kind of feed is an iterable of one kind or the other
@@ -77,6 +76,8 @@ class Prepared:
                     progress=False if options.quiet else options.progress or None,
                     **self.params,
                 )
+                old = self._old_journal()  # not before: whatever is refused until here leaves it as it is
+                is_new = journal is not None and not journal.exists()
             except BaseException:
                 self.output.close(whole=False)
                 raise
@@ -91,11 +92,33 @@ class Prepared:
                 quiet=options.quiet,
             )
             try:
-                return 0 if await batch.go() else 1
-            except UsageError:  # nothing was asked
-                if journal is not None and is_new:
+                whole = await batch.go()
+            except BaseException as error:
+                if journal is not None and is_new and (old is not None or isinstance(error, UsageError)):
                     remove_empty(journal)
+                if old is not None and not run.statistics().done and (journal is None or not journal.exists()):
+                    old.put_back()
+                elif old is not None:
+                    old.remove()
                 raise
+            if old is not None:
+                old.remove()
+            return 0 if whole else 1
+
+    def _old_journal(self) -> OldJournal | None:
+        """That of the run which is started over, if this one is. Raises JournalError where it cannot be replaced."""
+        if not self.options.overwrite:
+            return None
+        if self.journal is not None:
+            return OldJournal(self.journal.path)
+        if self.place is None:
+            return None
+        path = _beside(self.place)
+        try:
+            read_journal(path).close()
+        except JournalError:  # there is none, or it is somebody's file
+            return None
+        return OldJournal(path)
 
     def _feed(self) -> Feed:
         strict = self.options.bad_lines == "stop"
@@ -210,7 +233,7 @@ def _journal(options: argparse.Namespace, output: Path | None) -> FileJournal | 
     if options.journal:
         path = Path(os.path.expanduser(options.journal))
     elif output is not None:
-        path = output.with_name(f"{output.name}.sqlite")
+        path = _beside(output)
     elif options.resume:
         raise UsageError("--resume needs the output of a run (-o), or its --journal.")
     else:
@@ -218,6 +241,11 @@ def _journal(options: argparse.Namespace, output: Path | None) -> FileJournal | 
     if options.resume and output is not None and output.exists() and not path.exists():
         raise UsageError(f"there is no journal {path}, so the run that made {output} cannot be resumed.")
     return journal_at(path, ask_changed=options.ask_changed)
+
+
+def _beside(output: Path) -> Path:
+    """The journal of an output for which no other is named."""
+    return output.with_name(f"{output.name}.sqlite")
 
 
 def _output(

@@ -446,7 +446,6 @@ def test_going_on(provided: Provided, capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(row.get("reused", False) for row in lines("out.jsonl")) == 8
     assert "10 of 10 answered" in (said := capsys.readouterr().err)
     assert "8 reused from the journal out.jsonl.sqlite" in said
-    assert not Path("out.jsonl.before").exists()
 
 
 def test_starting_over(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

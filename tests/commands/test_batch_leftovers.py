@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import signal
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import parquet
 
 from asyncmodels.batch.bulk_journal import BatchNote, Placed
+from asyncmodels.batch.item import Item
 from asyncmodels.batch.journal_lock import JournalLock
 from asyncmodels.batch.jsonl_file import JSONLFile
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.sqlite_file import SQLiteFile
 from asyncmodels.cli import main
+from asyncmodels.commands import batch_output
 from asyncmodels.commands.batch_journal import remove_empty
 from tests.commands.asking import asked
 from tests.commands.conftest import Provided, Started
@@ -89,6 +94,202 @@ def test_a_parquet_file_of_a_run_that_was_killed(
     assert main([*command, existing]) == 0
     assert parquet.read_table("out[1].parquet").num_rows == 3
     assert sorted(path.name for path in tmp_path.glob(".*")) == sorted(others)
+
+
+def test_the_output_of_a_run_that_is_resumed(
+    provided: Provided, started: Started, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It is kept aside until the new one is whole, also of runs that end before; files of other names stay as they are.
+
+    A file called as the output with ``.before`` behind it is anybody's.
+    """
+    place = provided(*[Answer(echo=True)] * 2, Answer(fault="hang"), Answer(fault="hang"), Answer(echo=True))
+    Path("in.txt").write_text("1\n2\n3\n")
+    command = ["batch", "in.txt", "-o", "out[1].jsonl", "--concurrency", "1"]
+    others = ["out[1].jsonl.before", ".before.x.out[1].jsonl", ".before.1.out1.jsonl", ".before.1.x.out[1].jsonl"]
+    for name in others:
+        Path(name).write_text("backup")
+    kept = []
+    for number, how in enumerate(([], ["--resume"])):
+        with started(*command, *how) as process:
+            asyncio.run(place.until(requests=3 + number))
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        kept.append(Path("out[1].jsonl").read_bytes())
+    assert Path(".before.1.out[1].jsonl").read_bytes() == kept[0]
+    assert kept[0].count(b"\n") == 2
+    assert main([*command, "--resume", "--temperature", "1"]) == 2
+    assert Path("out[1].jsonl").read_bytes() == kept[1]
+    assert main([*command, "--resume"]) == 0
+    assert len(Path("out[1].jsonl").read_text().splitlines()) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*others, "in.txt", "out[1].jsonl", "out[1].jsonl.sqlite"]
+    )
+    assert {Path(name).read_text() for name in others} == {"backup"}
+
+
+def test_an_output_that_cannot_be_made_anew(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was there is back in its place."""
+    Path("in.txt").write_text("1\n")
+    assert main(["batch", "in.txt", "-o", "out.jsonl"]) == 0
+    before = Path("out.jsonl").read_bytes()
+    really = os.open
+
+    def refuse(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if str(path) == "out.jsonl":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        return really(path, flags, *rest, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        assert main(["batch", "in.txt", "-o", "out.jsonl", "--resume"]) == 3
+    assert Path("out.jsonl").read_bytes() == before
+    assert list(tmp_path.glob(".*")) == []
+
+
+# -- two that write to one file ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("other", ["run", "file", None])
+def test_an_output_in_which_others_have_written(other: str | None, provided: Provided, started: Started) -> None:
+    """A run that has written nothing takes its output away again, unless there is something of somebody else in it."""
+    place = provided(Answer(fault="hang"), Answer(echo=True))
+    Path("in.txt").write_text("1\n")
+    command = ["batch", "in.txt", "-o", "out.jsonl", "--no-journal"]
+    with started(*command) as process:
+        asyncio.run(place.until(requests=1))
+        assert Path("out.jsonl").read_bytes() == b""
+        if other == "run":
+            assert main([*command, "--overwrite"]) == 0
+        elif other == "file":
+            Path("mine").touch()
+            Path("mine").replace("out.jsonl")
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert Path("out.jsonl").exists() == (other is not None)
+    if other == "run":
+        assert Path("out.jsonl").read_bytes().count(b"\n") == 1
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_parquet_file_that_was_put_there_meanwhile(
+    links: bool,
+    provided: Provided,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """It stays, on disks without hard links, too, and the run says so; going on replaces it without asking anew."""
+    place = provided()
+    Path("in.txt").write_text("1\n")
+    shape = batch_output.as_row
+
+    def meanwhile(item: Item) -> dict[str, Any]:
+        Path("out.parquet").write_text("mine")
+        return shape(item)
+
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = ["batch", "in.txt", "-o", "out.parquet"]
+    with monkeypatch.context() as patched:
+        patched.setattr(batch_output, "as_row", meanwhile)
+        if not links:
+            patched.setattr(os, "link", refuse)
+        assert main(command) == 3
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "asyncmodels batch: out.parquet cannot be written: another file was put there meanwhile. Every answer is in "
+        "the journal. The same command with --resume goes on from the journal out.parquet.sqlite."
+    )
+    assert Path("out.parquet").read_text() == "mine"
+    assert main([*command, "--resume"]) == 0
+    assert parquet.read_table("out.parquet").num_rows == len(asked(place)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.parquet", "out.parquet.sqlite"]
+    if not links:
+        Path("out.parquet").unlink()
+        Path("out.parquet.sqlite").unlink()
+        monkeypatch.setattr(os, "link", refuse)
+        assert main(command) == 0
+        assert parquet.read_table("out.parquet").num_rows == 1
+
+
+# -- started over -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("journal", ["out.jsonl.sqlite", "run.jsonl", None])
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ["--mode", "batch", "-m", "asyncmodels.testing:ScriptedBackend"],
+        ["--ordered", "--shuffle", "3"],
+        ["bad.jsonl", "--bad-lines", "stop"],
+    ],
+)
+def test_a_journal_of_a_run_that_is_not_even_begun(
+    refused: list[str], journal: str | None, place: Place, tmp_path: Path
+) -> None:
+    """Wrong usage of --overwrite leaves the output and the journal as they were."""
+    Path("in.txt").write_text("1\n2\n")
+    Path("bad.jsonl").write_text('{"prompt"\n')
+    there = journal or "out.jsonl.sqlite"
+    assert main(["batch", "in.txt", "-o", "out.jsonl", "--journal", there]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    how = ["--no-journal"] if journal is None else ["--journal", journal]
+    source = refused if refused[0] == "bad.jsonl" else ["in.txt", *refused]
+    assert main(["batch", *source, "-o", "out.jsonl", "--overwrite", *how]) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert len(asked(place)) == 2
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+def test_a_run_that_starts_over_and_ends_before_its_first_answer(
+    how: str, provided: Provided, started: Started, tmp_path: Path
+) -> None:
+    """The old journal is in its place again; of a run that was killed it lies aside until another one starts over."""
+    place = provided(Answer(echo=True), Answer(fault="hang"), Answer(echo=True))
+    Path("in.txt").write_text("1\n")
+    command = ["batch", "in.txt", "-o", "out.jsonl"]
+    assert main(command) == 0
+    before = Path("out.jsonl").read_bytes()
+    with started(*command, "--overwrite") as process:
+        asyncio.run(place.until(requests=2))
+        assert Path(".before.1.out.jsonl.sqlite").exists()
+        if how == "kill":
+            process.kill()
+        else:
+            process.send_signal(signal.SIGINT)
+        process.wait()
+    assert Path("out.jsonl").read_bytes() == before
+    aside = ".before.1.out.jsonl.sqlite" if how == "kill" else "out.jsonl.sqlite"
+    with read_journal(aside) as kept:
+        assert len(kept) == 1
+    assert main([*command, "--overwrite"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl", "out.jsonl.sqlite"]
+    with read_journal("out.jsonl.sqlite") as kept:
+        assert len(kept) == 1
+
+
+def test_starting_over_without_a_journal(place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """That of the output is gone with the output, one that is in use is not touched, nor is a file of somebody's."""
+    Path("in.txt").write_text("1\n2\n")
+    command = ["batch", "in.txt", "-o", "out.jsonl"]
+    assert main(command) == 0
+    before = Path("out.jsonl").read_bytes()
+    lock = JournalLock(Path("out.jsonl.sqlite"))
+    capsys.readouterr()
+    assert main([*command, "--overwrite", "--no-journal"]) == 2
+    assert "The journal 'out.jsonl.sqlite' is in use" in capsys.readouterr().err
+    lock.release()
+    assert Path("out.jsonl").read_bytes() == before
+    assert main([*command, "--overwrite", "--no-journal", "--temperature", "1"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 2
+    assert "there is no journal out.jsonl.sqlite" in capsys.readouterr().err
+    Path("out.jsonl.sqlite").write_bytes(b"my notes")
+    assert main([*command, "--overwrite", "--no-journal"]) == 0
+    assert Path("out.jsonl.sqlite").read_bytes() == b"my notes"
 
 
 # -- nothing to ask ---------------------------------------------------------------------------------------------------
