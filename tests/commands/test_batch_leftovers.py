@@ -219,15 +219,20 @@ def test_a_parquet_file_that_was_put_there_meanwhile(
 
 @pytest.mark.parametrize("journal", ["out.jsonl.sqlite", "run.jsonl", None])
 @pytest.mark.parametrize(
-    "refused",
+    ("refused", "said"),
     [
-        ["--mode", "batch", "-m", "asyncmodels.testing:ScriptedBackend"],
-        ["--ordered", "--shuffle", "3"],
-        ["bad.jsonl", "--bad-lines", "stop"],
+        (["--mode", "batch", "--concurrency", "3"], "concurrency cannot be given with it"),
+        (["--ordered", "--shuffle", "3"], "shuffle"),
+        (["bad.jsonl", "--bad-lines", "stop"], "bad.jsonl, line 1: it is not JSON"),
     ],
 )
 def test_a_journal_of_a_run_that_is_not_even_begun(
-    refused: list[str], journal: str | None, place: Place, tmp_path: Path
+    refused: list[str],
+    said: str,
+    journal: str | None,
+    place: Place,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     """Wrong usage of --overwrite leaves the output and the journal as they were."""
     Path("in.txt").write_text("1\n2\n")
@@ -237,7 +242,9 @@ def test_a_journal_of_a_run_that_is_not_even_begun(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     how = ["--no-journal"] if journal is None else ["--journal", journal]
     source = refused if refused[0] == "bad.jsonl" else ["in.txt", *refused]
+    capsys.readouterr()
     assert main(["batch", *source, "-o", "out.jsonl", "--overwrite", *how]) == 2
+    assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert len(asked(place)) == 2
 
