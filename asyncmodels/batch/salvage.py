@@ -56,10 +56,9 @@ def salvage_journal(path: str | os.PathLike[str], to: str | os.PathLike[str]) ->
     source, target = (Path(os.fspath(each)).expanduser() for each in (path, to))
     if not source.is_file():
         raise cannot(source, "read", "there is no such file")
-    if target.exists():
-        raise JournalError(f"The file {str(target)!r} exists: a journal is salvaged into a new one.")
+    _check_new(target)
     source_rows = _Lines(source) if is_jsonl(source) else _Pages(source, target.parent)
-    with _locked(source, required=False), _locked(target), source_rows as found:
+    with _locked(source, required=False), _locked_new(target), source_rows as found:
         file: JournalFile = JSONLFile(target) if is_jsonl(target) else SQLiteFile(target)
         with closing(file):
             run = found.run()
@@ -106,6 +105,18 @@ def _locked(path: Path, *, required: bool = True) -> Iterator[None]:
     finally:
         if lock is not None:
             lock.release()
+
+
+@contextmanager
+def _locked_new(path: Path) -> Iterator[None]:
+    with _locked(path):
+        _check_new(path)  # once more: a run may have made it, and ended
+        yield
+
+
+def _check_new(path: Path) -> None:
+    if path.exists():
+        raise JournalError(f"The file {str(path)!r} exists: a journal is salvaged into a new one.")
 
 
 def _grouped(placed: Iterator[tuple[str, Placed]]) -> dict[str, list[Placed]]:

@@ -35,7 +35,8 @@ def add_limits(parser: argparse._ArgumentGroup) -> None:
         "--budget",
         metavar="DOLLARS",
         type=_positive,
-        help="refuse what could cost more (by --price, or by the list of the extra `prices`)",
+        help="refuse what could cost more (by --price, or by the list of the extra `prices`); each start counts anew, "
+        "so that a run that goes on with --resume has the whole budget again",
     )
     parser.add_argument(
         "--price",
@@ -59,6 +60,8 @@ def load_model(options: argparse.Namespace, calls: int | Literal["auto"], **chai
     rpm, tpm, dollars, price = (getattr(options, name, None) for name in ("rpm", "tpm", "budget", "price"))
     budget = None if price is None else partial(Budget, spending=dollars, prices=as_price(price))
     if _is_remote(name):
+        if dollars is None and price is not None and "budget" in given:
+            raise UsageError("--price and --model-arg budget=... cannot be given together; use --budget.")
         limits = {
             "requests_per_minute": rpm,
             "tokens_per_minute": tpm,

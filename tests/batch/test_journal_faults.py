@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from asyncmodels.batch.journal_lock import JournalLock
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.record import Record
 from asyncmodels.batch.salvage import Salvaged, salvage_journal
@@ -205,6 +206,27 @@ async def test_salvaging_what_cannot_be(path: Path, tmp_path: Path) -> None:
     with pytest.raises(JournalError, match=r"Nothing can be read|no journal"):
         salvage_journal(path, tmp_path / "other.jsonl")
     assert not (tmp_path / "other.jsonl").exists()
+
+
+@pytest.mark.parametrize("suffix", ["sqlite", "jsonl"])
+async def test_salvaging_onto_what_a_run_has_just_made(
+    path: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that was not there when it was looked for, and is when its lock is free, is left alone."""
+    await ask(path, 2)
+    target = tmp_path / f"to.{suffix}"
+
+    class Late(JournalLock):
+        def __init__(self, journal: Path) -> None:
+            if journal == target:
+                target.write_bytes(b"of a run")
+            super().__init__(journal)
+
+    monkeypatch.setattr("asyncmodels.batch.salvage.JournalLock", Late)
+    with pytest.raises(JournalError, match="exists"):
+        salvage_journal(path, target)
+    assert target.read_bytes() == b"of a run"
+    assert {each.name for each in tmp_path.iterdir()} == {path.name, target.name}  # noqa: ASYNC240  # a test's own
 
 
 # -- disks that will not take it --------------------------------------------------------------------------------------

@@ -114,9 +114,19 @@ def test_a_budget_that_cannot_be_kept(
 
 
 def test_a_budget_among_the_settings_of_the_model(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """It needs a price as well."""
+    """It needs a price as well, which has no place beside it."""
     Path("in.txt").write_text("x\n")
     assert refused(capsys, place, "in.txt", "--model-arg", "budget=3").startswith("--budget needs the price of 'm', ")
+    said = refused(capsys, place, "in.txt", "--model-arg", "budget=3", "--price", "1,2")
+    assert said == "--price and --model-arg budget=... cannot be given together; use --budget."
+
+
+def test_a_budget_that_is_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help says that what earlier starts have spent does not count."""
+    with pytest.raises(SystemExit):
+        main(["batch", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "each start counts anew, so that a run that goes on with --resume has the whole budget again" in said
 
 
 def test_rows_that_say_how_long_their_answers_may_be(place: Place) -> None:
