@@ -228,20 +228,20 @@ class Engine:
     ) -> Handle:
         while True:
             worker, ready = await self._ready()
-            try:
-                prepared = await ready.encoder.prepare(request, streaming=streaming)
-            except RuntimeError:
-                if worker.listening:
-                    raise
-                await worker.ended.wait()
-                continue
-            sequence = self._sequence(request, prepared, ready, arrived)
-            handle = Handle(sequence.id, lambda w=worker, s=sequence: w.cancel(s))  # type: ignore[misc]  # bound early
-            ends = StopMatcher(()) if prepared.demanded else stops
-            job = Job(sequence, handle, ticket, ends, streaming, prepared.parser)
-            ticket.charge(len(prepared.prompt))
-            if worker.send(job):
-                return handle
+            with worker.expecting():
+                try:
+                    prepared = await ready.encoder.prepare(request, streaming=streaming)
+                except RuntimeError:
+                    if worker.listening:
+                        raise
+                else:
+                    sequence = self._sequence(request, prepared, ready, arrived)
+                    handle = Handle(sequence.id, lambda w=worker, s=sequence: w.cancel(s))  # type: ignore[misc]  # bound early
+                    ends = StopMatcher(()) if prepared.demanded else stops
+                    job = Job(sequence, handle, ticket, ends, streaming, prepared.parser)
+                    ticket.charge(len(prepared.prompt))
+                    if worker.send(job):
+                        return handle
             await worker.ended.wait()
 
     def _sequence(self, request: Request, prepared: Prepared, ready: Ready, arrived: float) -> Sequence:

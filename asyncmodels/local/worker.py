@@ -10,9 +10,10 @@ import atexit
 import gc
 import queue
 import threading
+import time
 import traceback
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,6 +48,8 @@ _EXIT_PATIENCE = 5.0
 _FIRST_PAUSE = 0.25
 """Seconds before the second restart in a row; the first is at once, and each further one waits twice as long."""
 _LONGEST_PAUSE = 30.0
+_TOGETHER = 0.05
+"""Seconds for which an engine that has nothing to do waits at most for requests that are on their way as well."""
 _MOST_REQUEUES = 8
 """How often a request may be taken out of the batch, because memory runs out, until it fails."""
 
@@ -123,6 +126,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Job | _Cancel | _Close] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._listening = True
+        self._coming = 0
         self._closing = threading.Event()
         self._runner: Runner | None = None
         self._jobs = Jobs(settings.model_id, tally)
@@ -141,6 +145,17 @@ class Worker:
     def listening(self) -> bool:
         """Whether commands still reach the thread."""
         return self._listening
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While a request is being written as tokens, which will be sent."""
+        with self._lock:
+            self._coming += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._coming -= 1
 
     def send(self, job: Job) -> bool:
         """Hands over a job; False when the thread does not listen any more."""
@@ -272,12 +287,22 @@ class Worker:
             runner.remove(done)
 
     def _read_inbox(self, scheduler: Scheduler, *, sleep: bool) -> list[Sequence]:
-        """Works off the inbox, with ``sleep`` waiting when there is nothing to do. Returns rows that were cancelled."""
+        """Works off the inbox, with ``sleep`` waiting when there is nothing to do. Returns rows that were cancelled.
+
+        Where nothing runs, those who are about to come are waited for a moment: requests that are made at the same time
+        begin together, instead of all others behind the step of the first.
+        """
         leaving: list[Sequence] = []
         block = sleep and not scheduler.running and not scheduler.queued
+        over = 0.0
         while True:
+            patience = None
+            if self._coming and scheduler.queued and not scheduler.running:
+                now = time.monotonic()
+                over = over or now + _TOGETHER
+                patience = max(0.0, over - now)
             try:
-                command = self._inbox.get(block)
+                command = self._inbox.get(block or bool(patience), patience)
             except queue.Empty:
                 return leaving
             block = False

@@ -22,6 +22,7 @@ from asyncmodels.errors import (
     QueueFullError,
 )
 from asyncmodels.local.engine import Engine
+from asyncmodels.local.prompt import PromptEncoder
 from asyncmodels.local.runner import Failed, Output, Sampled
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.types import Request, Response, ResponseBuilder
@@ -663,3 +664,39 @@ async def test_one_wake_up_for_each_loop_and_step(start: Start, runner: Any, ask
     finally:
         loop.call_soon_threadsafe = original  # type: ignore[method-assign]  # as it was
     assert wakes <= len(runner.seen) + 1
+
+
+# -- an engine with nothing to do -------------------------------------------------------------------------------------
+
+
+async def test_those_who_come_at_once_begin_together(
+    start: Start, runner: Any, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody's first token waits for the step of one who was written as tokens a moment earlier."""
+    monkeypatch.setattr("asyncmodels.local.worker._TOGETHER", 60.0)
+    engine = start(runner, max_batch_size=16)
+    await answer(engine, ask(max_tokens=1))
+    runner.seen.clear()
+    await asyncio.gather(*(answer(engine, ask(max_tokens=2)) for _ in range(12)))
+    assert [len(rows) for rows in runner.seen] == [12, 12]
+
+
+async def test_nobody_is_waited_for_who_does_not_come(
+    start: Start, runner: Any, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request whose prompt takes long, an image on its way among them, holds the others up for a moment only."""
+    may_come, prepare = asyncio.Event(), PromptEncoder.prepare
+
+    async def slow(encoder: PromptEncoder, request: Request, *, streaming: bool = True) -> Any:
+        if request.messages[0].text == "late":
+            await may_come.wait()
+        return await prepare(encoder, request, streaming=streaming)
+
+    monkeypatch.setattr(PromptEncoder, "prepare", slow)
+    engine = start(runner)
+    late = asyncio.create_task(answer(engine, ask("late", max_tokens=3)))
+    assert (await answer(engine, ask(max_tokens=3))).content == "abc"
+    assert not late.done()
+    may_come.set()
+    assert (await late).content == "abc"
+    await assert_idle(engine, ask)
