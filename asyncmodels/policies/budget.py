@@ -192,8 +192,8 @@ class Budget(Policy):
         costs = tariff is None or tariff.at_most(1, 1, writes_cache=False) > 0
         if stand.limits_tokens or (costs and stand.limits_money):
             raise ConfigurationError(
-                "Nobody knows how long an answer without max_tokens may be: give max_tokens with the request, or "
-                "max_output_tokens to the Budget."
+                "Nobody knows how long an answer without max_tokens may be: give max_tokens with the request "
+                "(--max-tokens on the command line), or max_output_tokens to the Budget."
             )
         return 0
 
