@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,8 @@ def test_interrupt(provided: Provided, started: Started) -> None:
     command = ["batch", "in.txt", "-o", "out.jsonl", "--concurrency", "1"]
     with started(*command) as process:
         asyncio.run(place.until(requests=6))
+        while Path("out.jsonl").read_bytes().count(b"\n") < 5:  # the fifth is on its way through the journal
+            time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (130, "")

@@ -227,7 +227,7 @@ async def test_without_limits_it_only_counts() -> None:
 
 async def test_without_a_bound_of_the_answer_somebody_must_give_one() -> None:
     """max_tokens, or max_output_tokens, or the model's context from the price list; else it is a ConfigurationError."""
-    with pytest.raises(ConfigurationError, match="give max_tokens with the request .*, or max_output_tokens"):
+    with pytest.raises(ConfigurationError, match=r"give max_tokens with the request .*, or max_output_tokens"):
         await budget(1000, answer()).generate(ask(None))
     bounded = budget(1000, answer(), max_output_tokens=950)
     with pytest.raises(BudgetExceededError, match=r"up to 1050 USD.* may be 950 tokens long: give max_tokens\.$"):
