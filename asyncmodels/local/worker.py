@@ -43,7 +43,7 @@ from asyncmodels.local.watch import StepWatch
 
 __all__ = ["Ready", "Worker", "WorkerSettings", "restart_pause"]
 
-_EXIT_PATIENCE = 5.0
+_EXIT_PATIENCE = 20.0
 """Seconds that the interpreter's exit waits for a step to end."""
 _FIRST_PAUSE = 0.25
 """Seconds before the second restart in a row; the first is at once, and each further one waits twice as long."""
