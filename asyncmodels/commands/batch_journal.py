@@ -1,8 +1,9 @@
-"""The journal of a run of the command line."""
+"""The journal of a run of the command line: made, started over, and removed where nothing came of it."""
 
 from __future__ import annotations
 
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from asyncmodels.batch.file_journal import FileJournal, JSONLJournal, OnChange, SQLiteJournal
@@ -11,10 +12,11 @@ from asyncmodels.batch.journal_lock import JournalLock
 from asyncmodels.batch.jsonl_file import JSONLFile, is_jsonl
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.sqlite_file import SQLiteFile
+from asyncmodels.commands.batch_partial import aside_of, left_aside
 from asyncmodels.commands.terminal import UsageError
 from asyncmodels.errors import JournalError
 
-__all__ = ["journal_at", "remove_empty", "start_over"]
+__all__ = ["OldJournal", "journal_at", "remove_empty", "start_over"]
 
 
 def journal_at(path: Path, *, ask_changed: bool) -> FileJournal:
@@ -32,15 +34,8 @@ def start_over(path: Path) -> None:
     """Removes the journal at ``path``. Raises JournalError where it is none, damaged, or in use."""
     if not path.exists():
         return
-    read_journal(path).close()
-    try:
-        lock = JournalLock(path)
-        try:
-            _remove(path)
-        finally:
-            lock.release()
-    except OSError as error:
-        raise JournalError(f"The journal {str(path)!r} cannot be removed: {error.strerror or error}.") from error
+    with _held(path, "removed"):
+        _remove(path)
 
 
 def remove_empty(path: Path) -> None:
@@ -57,6 +52,62 @@ def remove_empty(path: Path) -> None:
                 _remove(path)
         finally:
             lock.release()
+
+
+class OldJournal:
+    """The journal at ``path`` of a run that is started over: aside until it is known whether there are new answers.
+
+    Raises JournalError where it is none, damaged, or in use. Without one there is nothing to do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._aside: Path | None = None
+        if not path.exists():
+            return
+        with _held(path, "replaced"):
+            aside = aside_of(path)
+            _move(path, aside)
+            self._aside = aside
+
+    def put_back(self) -> None:
+        """Where nothing has taken its place; else it stays aside."""
+        if self._aside is None:
+            return
+        with suppress(JournalError, OSError):
+            lock = JournalLock(self._path)
+            try:
+                if not self._path.exists():
+                    _move(self._aside, self._path)
+            finally:
+                lock.release()
+
+    def remove(self) -> None:
+        """With those that killed runs have left aside. What cannot be removed stays."""
+        for path in left_aside(self._path):
+            with suppress(JournalError, OSError):
+                start_over(path)
+
+
+@contextmanager
+def _held(path: Path, what: str) -> Iterator[None]:
+    """A journal that can be read, for this user alone. Raises JournalError where it is none or cannot be ``what``."""
+    read_journal(path).close()
+    try:
+        lock = JournalLock(path)
+        try:
+            yield
+        finally:
+            lock.release()
+    except OSError as error:
+        raise JournalError(f"The journal {str(path)!r} cannot be {what}: {error.strerror or error}.") from error
+
+
+def _move(journal: Path, to: Path) -> None:
+    # Itself at last: what SQLite has beside it is never taken for that of another one.
+    for end in ("-wal", "-shm", ""):
+        with suppress(FileNotFoundError):
+            journal.with_name(f"{journal.name}{end}").rename(to.with_name(f"{to.name}{end}"))
 
 
 def _is_empty(path: Path) -> bool:

@@ -15,9 +15,8 @@ from asyncmodels.batch.item import Item
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.commands import batch_output
 from asyncmodels.commands.batch_feed import CountedFeed, Feed, FileFeed, PipeFeed
-from asyncmodels.commands.batch_journal import journal_at, remove_empty
+from asyncmodels.commands.batch_journal import OldJournal, journal_at, remove_empty
 from asyncmodels.commands.batch_output import Output
-from asyncmodels.commands.batch_partial import OldJournal
 from asyncmodels.commands.batch_prompts import Prompts, Wanted
 from asyncmodels.commands.batch_rows import Rows, open_rows
 from asyncmodels.commands.batch_run import Batch
