@@ -12,6 +12,7 @@ import math
 import threading
 import uuid
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
@@ -236,7 +237,7 @@ class Engine:
                         raise
                 else:
                     sequence = self._sequence(request, prepared, ready, arrived)
-                    handle = Handle(sequence.id, lambda w=worker, s=sequence: w.cancel(s))  # type: ignore[misc]  # bound early
+                    handle = Handle(sequence.id, partial(worker.cancel, sequence))
                     ends = StopMatcher(()) if prepared.demanded else stops
                     job = Job(sequence, handle, ticket, ends, streaming, prepared.parser)
                     ticket.charge(len(prepared.prompt))
