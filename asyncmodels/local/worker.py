@@ -383,11 +383,15 @@ class Worker:
             runner.reset()
             self._put_back(dict.fromkeys(scheduler.rows(), cause), runner, scheduler)
             return
-        self._jobs.fail_all(lambda: dead_error(cause))
-        self._jobs.outbox.flush()
         if self.tally.restarts_in_a_row >= self.settings.max_restarts:
             raise cause
-        self._closing.wait(restart_pause(self.tally.restarts_in_a_row))
+        self._jobs.fail_all(lambda: dead_error(cause))
+        pause = restart_pause(self.tally.restarts_in_a_row)
+        if pause:
+            self._jobs.outbox.flush()
+            self._closing.wait(pause)
+        # Else they hear of it after the reset: whoever then comes again at once must find a runner that works, or a
+        # thread that does not listen any more.
         self.tally.restarts += 1
         self.tally.restarts_in_a_row += 1
         runner.reset()

@@ -13,7 +13,7 @@ import os
 import ssl
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -35,7 +35,7 @@ from asyncmodels.remote.aiohttp_protocol import guarded
 from asyncmodels.remote.bedrock_errors import error_from
 from asyncmodels.remote.bedrock_key import GivenKey, KeySource, NoCredentials
 from asyncmodels.remote.bedrock_secrets import mask_logs
-from asyncmodels.remote.faces import Faces
+from asyncmodels.remote.faces import Faces, LoopFace
 from asyncmodels.remote.in_flight import WaitingCalls
 from asyncmodels.remote.pool import PoolStatistics
 
@@ -171,22 +171,15 @@ def _new_session(settings: Settings) -> AioSession:
     return session
 
 
-class Face:
+class Face(LoopFace):
     """The client of one event loop for one kind of settings, and how many models use it."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, key: tuple[object, ...], settings: Settings) -> None:
-        self.key = key
-        self.users = 0
-        self.alive = True
         self.client: AioBaseClient | None = None
         # Held because the key knows objects of the user's by their identity only.
         self._settings = settings
-        self._loop = loop
         self._opening: asyncio.Task[AioBaseClient] | None = None
-        self._end = self._until_the_loop_ends()
-        # Run up to its yield: from now on the loop closes it when it shuts down its asynchronous generators.
-        with suppress(StopIteration):
-            self._end.__anext__().send(None)
+        super().__init__(loop, key)
 
     async def open(self) -> AioBaseClient:
         """The client, made by the first who asks; those who ask meanwhile wait for the same."""
@@ -212,19 +205,12 @@ class Face:
         if not task.cancelled():
             task.exception()  # seen, also where everybody who waited for it has gone
 
-    async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
-        try:
-            yield
-        finally:
-            self.alive = False
-            if self._opening is not None:
-                self._opening.cancel()
-            client, self.client = self.client, None
-            if client is not None:
-                await client.close()
-
-    async def aclose(self) -> None:
-        await self._end.aclose()
+    async def shut(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+        client, self.client = self.client, None
+        if client is not None:
+            await client.close()
 
     def connections(self) -> Mapping[str, int] | None:
         """How many are open, by where they lead; None where the client does not tell."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Literal, TypeAlias
@@ -14,7 +13,7 @@ import httpx2
 
 from asyncmodels.errors import MissingExtraError
 from asyncmodels.remote.dial import trust
-from asyncmodels.remote.faces import Faces
+from asyncmodels.remote.faces import Faces, LoopFace
 from asyncmodels.remote.proxies import Proxies
 from asyncmodels.remote.transport import AsyncioTransport
 
@@ -44,30 +43,17 @@ class Settings:
         return (transport, self.http2, Proxies.from_environment(), certificates)
 
 
-class Face:
+class Face(LoopFace):
     """The client of one event loop for one kind of settings, and how many pools use it."""
 
-    def __init__(self, key: tuple[object, ...], settings: Settings) -> None:
-        self.key = key
-        self.users = 0
-        self.alive = True
+    def __init__(self, loop: asyncio.AbstractEventLoop, key: tuple[object, ...], settings: Settings) -> None:
         # Held because the key knows a transport of the user's by its identity only.
         self.settings = settings
         self.client, self.fast = _new_client(settings)
-        self._end = self._until_the_loop_ends()
-        # Run up to its yield: from now on the loop closes it when it shuts down its asynchronous generators.
-        with suppress(StopIteration):
-            self._end.__anext__().send(None)
+        super().__init__(loop, key)
 
-    async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
-        try:
-            yield
-        finally:
-            self.alive = False
-            await self.client.aclose()
-
-    async def aclose(self) -> None:
-        await self._end.aclose()
+    async def shut(self) -> None:
+        await self.client.aclose()
 
 
 FACES: Faces[Face] = Faces()
@@ -75,7 +61,7 @@ FACES: Faces[Face] = Faces()
 
 def take(loop: asyncio.AbstractEventLoop, settings: Settings) -> Face:
     key = settings.key()
-    return FACES.take(loop, key, lambda: Face(key, settings))
+    return FACES.take(loop, key, lambda: Face(loop, key, settings))
 
 
 def _new_client(settings: Settings) -> tuple[httpx2.AsyncClient, AsyncioTransport | None]:

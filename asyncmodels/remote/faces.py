@@ -6,26 +6,97 @@ import asyncio
 import atexit
 import concurrent.futures
 import threading
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from typing import Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-__all__ = ["Faces", "Shareable"]
+__all__ = ["Faces", "LoopFace"]
 
 _EXIT_PATIENCE = 2.0
 
 
-class Shareable(Protocol):
-    """``key`` says who wants the same, ``users`` counts them; what is no longer ``alive`` is given to nobody."""
+class LoopFace(ABC):
+    """What one event loop has: ``key`` says who wants the same, ``users`` counts them.
 
-    key: tuple[object, ...]
-    users: int
-    alive: bool
+    It is closed once, by its last user or by its loop, which ends; what is no longer ``alive`` is given to nobody.
+    """
 
-    async def aclose(self) -> None: ...
+    def __init__(self, loop: asyncio.AbstractEventLoop, key: tuple[object, ...]) -> None:
+        self.key = key
+        self.users = 0
+        self.alive = True
+        self._loop = loop
+        self._closing: asyncio.Task[None] | None = None
+        self._ended = False
+        self._end = self._until_the_loop_ends()
+        # Run up to its yield: from now on the loop closes it when it shuts down its asynchronous generators.
+        with suppress(StopIteration):
+            self._end.__anext__().send(None)
+
+    @abstractmethod
+    async def shut(self) -> None:
+        """Closes what it holds. A second time, nothing."""
+        ...
+
+    async def aclose(self) -> None:
+        """Closes it, on its own loop."""
+        closing = self._close()
+        if closing is not None:
+            await closing
+
+    def close_soon(self) -> concurrent.futures.Future[None]:
+        """Has its loop close it as soon as it runs, from any thread. The result comes when that is done."""
+        closed: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        def done(closing: asyncio.Task[None]) -> None:
+            if not closing.cancelled():
+                closing.exception()  # seen: there is nobody here to whom it matters
+            closed.set_result(None)
+
+        def begin() -> None:
+            closing = self._close()
+            if closing is None:
+                closed.set_result(None)
+            else:
+                closing.add_done_callback(done)
+
+        try:
+            self._loop.call_soon_threadsafe(begin)
+        except RuntimeError:  # it was closed meanwhile, and this with it
+            closed.set_result(None)
+        return closed
+
+    def _close(self) -> asyncio.Task[None] | None:
+        self.alive = False
+        # What is begun once the loop is past this might be left pending.
+        if self._closing is None and not self._ended:
+            self._closing = self._loop.create_task(self._shut_and_end())
+        return self._closing
+
+    async def _shut_and_end(self) -> None:
+        try:
+            await self.shut()
+        finally:
+            with suppress(RuntimeError):  # the loop is ending it, and waits for this
+                await self._end.aclose()
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
+        try:
+            yield
+        finally:
+            self.alive = False
+            self._ended = True
+            closing = self._closing
+            if closing is None:
+                await self.shut()
+            elif closing is not asyncio.current_task():
+                await asyncio.wait([closing])
+                await self.shut()  # it may have been cancelled
 
 
-F = TypeVar("F", bound=Shareable)
+F = TypeVar("F", bound=LoopFace)
 
 
 class Faces(Generic[F]):
@@ -61,18 +132,11 @@ class Faces(Generic[F]):
                 del faces[face.key]
         if loop is asyncio.get_running_loop():
             await face.aclose()
-        elif not loop.is_closed():
-            asyncio.run_coroutine_threadsafe(_closed(face), loop)
+        else:
+            face.close_soon()
 
     def _close_at_exit(self) -> None:
         """Closes those of loops that run in daemon threads, which the interpreter would cut off in mid-air."""
         with self._lock:
-            faces = [
-                (loop, face) for loop, shared in self._faces.items() if loop.is_running() for face in shared.values()
-            ]
-        closing = [asyncio.run_coroutine_threadsafe(_closed(face), loop) for loop, face in faces]
-        concurrent.futures.wait(closing, timeout=_EXIT_PATIENCE)
-
-
-async def _closed(face: Shareable) -> None:
-    await face.aclose()
+            faces = [face for loop, shared in self._faces.items() if loop.is_running() for face in shared.values()]
+        concurrent.futures.wait([face.close_soon() for face in faces], timeout=_EXIT_PATIENCE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -502,6 +503,7 @@ async def test_a_thread_that_dies_is_replaced(start: Start, scripted: Any, ask: 
 
     class Unresettable(scripted):  # type: ignore[misc]  # a class from a fixture
         def reset(self) -> None:
+            time.sleep(0.05)  # long enough for who has heard of it to come again
             raise RuntimeError("cannot reset")
 
     first, second = Unresettable(before_step=failing(1)), scripted()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -72,6 +73,43 @@ def test_a_pool_closed_on_another_loop(server: Server) -> None:
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+def close_elsewhere(pool: HTTPPool) -> None:
+    """Closes a pool on a loop of another thread, while the loop of this one stands still."""
+    thread = threading.Thread(target=lambda: asyncio.run(pool.aclose()))
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("moment", ["before the generators", "with the generators", "after the generators"])
+@pytest.mark.parametrize("transport", ["asyncio", "httpx2"])
+def test_a_pool_closed_elsewhere_while_its_loop_ends(
+    transport: str, moment: str, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever comes first, the connections are closed, nothing is left pending, and nobody complains."""
+    pool = HTTPPool(transport="asyncio" if transport == "asyncio" else "httpx2")
+    place = server.script()
+
+    async def closes_last() -> None:
+        close_elsewhere(pool)  # what that asks of this loop comes after its last step
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop = asyncio.new_event_loop()
+        assert loop.run_until_complete(ask(pool, place.url)) == 200
+        if moment == "before the generators":
+            loop.run_until_complete(closes_last())
+        elif moment == "with the generators":
+            close_elsewhere(pool)
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        if moment == "after the generators":
+            loop.run_until_complete(closes_last())
+        loop.close()
+        del loop
+        gc.collect()
+    assert caplog.records == []
+    asyncio.run(place.until(open=0))
 
 
 def test_a_loop_that_ended_is_not_kept() -> None:
