@@ -159,6 +159,8 @@ class AsyncModelsAPI(ModelAPI):
         require_asyncio()
         if self._own_retries and config.adaptive_connections is None:
             widen_gate(self._room)
+        # Samples that begin together come here in one turn of the loop, which what inspect_ai did for them has filled.
+        await asyncio.sleep(0)
         name = self.service_model_name()
         request: Request | None = None
         try:

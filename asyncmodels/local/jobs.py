@@ -60,12 +60,12 @@ class Jobs:
         self._tally.finished += 1
         self._tally.restarts_in_a_row = 0
         self._drop(sequence)
-        self.outbox.post(job.handle.loop, job.handle.deliver, delta, True)
+        self.outbox.post_end(job.handle.loop, job.handle.deliver, delta, True)
 
     def fail(self, job: Job, error: Exception) -> None:
         self._tally.failed += 1
         self._drop(job.sequence)
-        self.outbox.post(job.handle.loop, job.handle.fail, error)
+        self.outbox.post_end(job.handle.loop, job.handle.fail, error)
 
     def fail_all(self, make: Callable[[], Exception]) -> None:
         for job in list(self._jobs.values()):

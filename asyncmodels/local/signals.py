@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeAlias, TypeVar
 
 __all__ = ["OneShot", "Outbox", "fresh", "post_now"]
 
 Value = TypeVar("Value")
+Call: TypeAlias = tuple[Callable[..., object], tuple[Any, ...]]
+
+_ENDS_PER_TURN = 4
 
 
 def fresh(error: Exception) -> Exception:
@@ -95,26 +100,53 @@ def post_now(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args
     return True
 
 
+@dataclass(slots=True)
+class _Bundle:
+    calls: list[Call] = field(default_factory=list)
+    ends: deque[Call] = field(default_factory=deque)
+
+
 class Outbox:
     """Calls for event loops, collected during a step: ``flush`` wakes each loop once, however many there are."""
 
     def __init__(self) -> None:
-        self._calls: dict[asyncio.AbstractEventLoop, list[tuple[Callable[..., object], tuple[Any, ...]]]] = {}
+        self._bundles: dict[asyncio.AbstractEventLoop, _Bundle] = {}
 
     def post(self, loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> bool:
         """Adds a call for ``loop``; False when the loop is closed."""
         if loop.is_closed():
             return False
-        self._calls.setdefault(loop, []).append((call, args))
+        self._bundle(loop).calls.append((call, args))
         return True
 
+    def post_end(self, loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> None:
+        """Adds a call that ends a request.
+
+        Callers go on to work with what they have then, for milliseconds each. Rows that end at the same step would have
+        them do that in one turn of the loop, in which nothing else moves: it is a few in each turn instead.
+        """
+        if not loop.is_closed():
+            self._bundle(loop).ends.append((call, args))
+
     def flush(self) -> None:
-        if self._calls:
-            calls, self._calls = self._calls, {}
-            for loop, bundle in calls.items():
-                post_now(loop, _call_all, bundle)
+        if self._bundles:
+            bundles, self._bundles = self._bundles, {}
+            for loop, bundle in bundles.items():
+                post_now(loop, _deliver, loop, bundle)
+
+    def _bundle(self, loop: asyncio.AbstractEventLoop) -> _Bundle:
+        return self._bundles.setdefault(loop, _Bundle())
 
 
-def _call_all(bundle: list[tuple[Callable[..., object], tuple[Any, ...]]]) -> None:
-    for call, args in bundle:
+def _deliver(loop: asyncio.AbstractEventLoop, bundle: _Bundle) -> None:
+    for call, args in bundle.calls:
         call(*args)
+    _end(loop, bundle.ends)
+
+
+def _end(loop: asyncio.AbstractEventLoop, ends: deque[Call]) -> None:
+    for _ in range(min(_ENDS_PER_TURN, len(ends))):
+        call, args = ends.popleft()
+        call(*args)
+    if ends:
+        loop.call_soon(_end, loop, ends)

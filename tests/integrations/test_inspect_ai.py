@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from dataclasses import replace
@@ -349,6 +350,17 @@ async def test_a_model_without_tools_says_so() -> None:
     model = over(ScriptedBackend("never", capabilities=Capabilities()))
     with pytest.raises(RuntimeError, match="This model does not support tools"):
         await model.generate("Hi", tools=[ADD])
+
+
+async def test_samples_that_begin_together_leave_the_loop_its_turns() -> None:
+    """What inspect_ai does for all of them before a call, and what is ours, come in different turns of the loop."""
+    backend, model = scripted(*["Hello."] * 20)
+    question: list[ChatMessage] = [ChatMessageUser(content="Hi")]
+    asking = [asyncio.create_task(model.api.generate(question, [], "auto", GenerateConfig())) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert backend.requests == []
+    await asyncio.gather(*asking)
+    assert len(backend.requests) == 20
 
 
 # -- several answers --------------------------------------------------------------------------------------------------

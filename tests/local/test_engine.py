@@ -23,6 +23,7 @@ from asyncmodels.errors import (
     QueueFullError,
 )
 from asyncmodels.local.engine import Engine
+from asyncmodels.local.job import Handle
 from asyncmodels.local.prompt import PromptEncoder
 from asyncmodels.local.runner import Failed, Output, Sampled
 from asyncmodels.local.sequence import Sequence
@@ -88,6 +89,40 @@ async def test_many_at_once_share_the_batch(start: Start, runner: Any, ask: Ask,
     assert counted.finished == 200
     assert counted.tokens_generated == sum(1 + index % 7 for index in range(200))
     await assert_idle(engine, ask)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+async def test_what_ends_together_leaves_the_loop_its_turns(
+    start: Start, scripted: Any, ask: Ask, broken: bool
+) -> None:
+    """Rows that end at one step hear of it a few in each turn of the loop, well or not, so that others move too."""
+
+    def before_step(_: list[Sequence]) -> None:
+        if broken:
+            raise RuntimeError("broken kernel")
+
+    runner = scripted(before_step=before_step)
+    runner.go.clear()
+    engine = start(runner)
+    handles = [await engine.submit(ask(max_tokens=1), streaming=False) for _ in range(32)]
+    ended: list[object] = []
+
+    async def read(handle: Handle) -> None:
+        try:
+            ended.append(await anext(handle))
+        except EngineDeadError as error:
+            ended.append(error)
+
+    reading = asyncio.gather(*map(read, handles))
+    await asyncio.sleep(0)
+    runner.go.set()
+    in_a_turn = []
+    while len(ended) < 32:
+        before = len(ended)
+        await asyncio.sleep(0)
+        in_a_turn.append(len(ended) - before)
+    await reading
+    assert max(in_a_turn) <= 4
 
 
 @pytest.mark.parametrize("streaming", [False, True])
