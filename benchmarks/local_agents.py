@@ -133,7 +133,8 @@ async def fairness(options: argparse.Namespace) -> dict[str, float]:
         await asyncio.sleep(0.001)
     await asyncio.sleep(options.spread)  # so that its rows do not all end together
     beside = await light_latencies(backend, options)
-    queued = backend.statistics().queued
+    counted = backend.statistics()
+    queued, pauses, heavy_tokens = counted.queued, counted.pauses, counted.agents.get("heavy", 0)
     for task in heavy:
         task.cancel()
     await asyncio.gather(*heavy, return_exceptions=True)
@@ -144,6 +145,8 @@ async def fairness(options: argparse.Namespace) -> dict[str, float]:
         "light_p95_beside_heavy": percentile(beside, 0.95),
         "ratio": percentile(beside, 0.95) / percentile(alone, 0.95),
         "heavy_still_queued": queued,
+        "heavy_tokens": heavy_tokens,
+        "pauses": pauses,
         "jain": index,
     }
 

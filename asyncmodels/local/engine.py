@@ -190,6 +190,7 @@ class Engine:
             expired=tally.expired,
             restarts=tally.restarts,
             halvings=tally.halvings,
+            pauses=tally.pauses,
             stuck_for=worker.stuck_for() if worker is not None else None,
             device=ready.info.device if ready else None,
             dtype=ready.info.dtype if ready else None,

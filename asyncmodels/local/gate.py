@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 from asyncmodels.errors import QueueFullError
-from asyncmodels.local.scheduler import Counters, FairQueue
+from asyncmodels.local.fair_queue import Counters, FairQueue
 from asyncmodels.local.signals import fresh, post_now
 
 __all__ = ["Gate", "Ticket"]

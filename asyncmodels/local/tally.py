@@ -65,6 +65,8 @@ class EngineStatistics:
     restarts: int
     halvings: int
     """How often memory ran out, the batch was halved, and rows were queued again."""
+    pauses: int
+    """How often a row of an agent with many made room for agents with few."""
     stuck_for: float | None
     """How long the present step has lasted, if that is longer than ``stuck_after``."""
     device: str | None
@@ -122,6 +124,7 @@ class Tally:
         self.restarts = 0
         self.restarts_in_a_row = 0
         self.halvings = 0
+        self.pauses = 0
         self.rate = Rate()
         self.first_token = Histogram()
         self.between_tokens = Histogram()

@@ -226,7 +226,9 @@ class Worker:
             settings.place.loaded(info)
         max_tokens = info.max_tokens if settings.max_tokens is None else settings.max_tokens
         max_rows = settings.max_rows if info.max_rows is None else min(settings.max_rows, info.max_rows)
-        scheduler = Scheduler(max_rows=max_rows, max_tokens=max_tokens, padded=info.padded)
+        scheduler = Scheduler(
+            max_rows=max_rows, max_tokens=max_tokens, padded=info.padded, pausable=runner.resumes and info.keeps_work
+        )
         encoder = PromptEncoder(
             info.tokenizer,
             template_kwargs=settings.template_kwargs,
@@ -260,9 +262,11 @@ class Worker:
     def _round(self, leaving: list[Sequence], runner: Runner, ready: Ready) -> None:
         """One step, with those who leave before it, those who join it, and what came of it."""
         scheduler = ready.scheduler
+        now = self.settings.clock.time()
+        leaving = [*leaving, *self._make_room(scheduler, now)]
         if leaving:
             runner.remove(leaving)
-        started = scheduler.start(self.settings.clock.time())
+        started = scheduler.start(now)
         if started:
             self._start(started, runner, ready)
         if scheduler.running:
@@ -270,6 +274,8 @@ class Worker:
         elif not runner.waits:
             return
         self._jobs.outbox.flush()  # a step may wait
+        plain = not runner.waits and all(row.output for row in scheduler.rows())
+        began = self.settings.clock.time()
         try:
             outputs = runner.step()
         except RunnerLostError:
@@ -280,6 +286,8 @@ class Worker:
             return
         if outputs or not runner.waits or not scheduler.running:
             self._watch.ended()
+        if plain and scheduler.running:
+            scheduler.crowding.cost.note(scheduler.running, self.settings.clock.time() - began)
         if scheduler.running and (outputs or not runner.waits):
             self.tally.step(scheduler.running)
         done = self._take(outputs, runner, ready)
@@ -310,6 +318,24 @@ class Worker:
                 self._jobs.add(command)
             elif isinstance(command, _Cancel):
                 leaving += self._jobs.cancel(command.sequence)
+
+    def _make_room(self, scheduler: Scheduler, now: float) -> list[Sequence]:
+        """Takes rows out of an agent that crowds others. They go on later, where they were."""
+        paused = scheduler.pause(now)
+        self.tally.pauses += len(paused)
+        for sequence in paused:
+            self._rewind(sequence)
+        return paused
+
+    def _rewind(self, sequence: Sequence) -> bool:
+        """Has a sequence that leaves the batch go on behind what it has said; where that fails, it is over."""
+        try:
+            if isinstance(sequence.constraint, Restarts):
+                sequence.constraint.restart(sequence.output)
+        except Exception as error:
+            self._jobs.fail(self._jobs[sequence], row_error(error))
+            return False
+        return True
 
     def _start(self, started: list[Sequence], runner: Runner, ready: Ready) -> None:
         for sequence in started:
@@ -406,12 +432,7 @@ class Worker:
             if hopeless or (sequence.output and not runner.resumes):
                 self._jobs.fail(self._jobs[sequence], memory_error(cause))
                 continue
-            try:
-                if isinstance(sequence.constraint, Restarts):
-                    sequence.constraint.restart(sequence.output)
-            except Exception as error:
-                self._jobs.fail(self._jobs[sequence], row_error(error))
-            else:
+            if self._rewind(sequence):
                 scheduler.requeue(sequence)
 
     def _end(self, reason: BaseException | None, runner: Runner | None, ready: Ready | None) -> None:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asyncmodels.local.scheduler import Counters, FairQueue, Scheduler
+from asyncmodels.local.fair_queue import Counters, FairQueue
+from asyncmodels.local.scheduler import Scheduler
 from asyncmodels.local.sequence import Sequence, State
 
 numbers = itertools.count()
