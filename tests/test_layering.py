@@ -350,6 +350,7 @@ PURE = {
     "runner",
     "scheduler",
     "crowding",
+    "inbox",
     "fair_queue",
     "step_cost",
     "score_prompt",

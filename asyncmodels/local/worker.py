@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import atexit
 import gc
-import queue
 import threading
-import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from asyncmodels.clock import Clock
 from asyncmodels.local.engine_errors import closed_error, dead_error, load_error, memory_error, row_error
 from asyncmodels.local.host import Place
+from asyncmodels.local.inbox import Cancel, Close, Inbox
 from asyncmodels.local.job import Job
 from asyncmodels.local.jobs import Jobs
 from asyncmodels.local.notation import Keys, Native
@@ -48,8 +48,6 @@ _EXIT_PATIENCE = 20.0
 _FIRST_PAUSE = 0.25
 """Seconds before the second restart in a row; the first is at once, and each further one waits twice as long."""
 _LONGEST_PAUSE = 30.0
-_TOGETHER = 0.05
-"""Seconds for which an engine that has nothing to do waits at most for requests that are on their way as well."""
 _MOST_REQUEUES = 8
 """How often a request may be taken out of the batch, because memory runs out, until it fails."""
 
@@ -95,19 +93,6 @@ class Restarts(Protocol):
         ...
 
 
-class _Close:
-    """The command to end."""
-
-
-class _Cancel:
-    """The command to forget a sequence."""
-
-    __slots__ = ("sequence",)
-
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
-
-
 class Worker:
     """One life of an engine's owner thread, from loading to the end; a dead worker is replaced by a new one.
 
@@ -123,10 +108,7 @@ class Worker:
         self._factory = factory
         self._pause = pause
         self._turns: AbstractContextManager[None] = nullcontext() if settings.place is None else settings.place.turns
-        self._inbox: queue.SimpleQueue[Job | _Cancel | _Close] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._listening = True
-        self._coming = 0
+        self._inbox = Inbox(self._wake)
         self._closing = threading.Event()
         self._runner: Runner | None = None
         self._jobs = Jobs(settings.model_id, tally)
@@ -144,32 +126,25 @@ class Worker:
     @property
     def listening(self) -> bool:
         """Whether commands still reach the thread."""
-        return self._listening
+        return self._inbox.open
 
-    @contextmanager
-    def expecting(self) -> Iterator[None]:
+    def expecting(self) -> AbstractContextManager[None]:
         """While a request is being written as tokens, which will be sent."""
-        with self._lock:
-            self._coming += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._coming -= 1
+        return self._inbox.expecting()
 
     def send(self, job: Job) -> bool:
         """Hands over a job; False when the thread does not listen any more."""
-        return self._put(job)
+        return self._inbox.put(job)
 
     def cancel(self, sequence: Sequence) -> None:
-        self._put(_Cancel(sequence))
+        self._inbox.put(Cancel(sequence))
 
     def close(self) -> None:
         """Has the thread end after its present step: every request that it has fails with a ClosedError."""
         self._closing.set()
         if not self.ready.done:
             self.ready.fail(closed_error())
-        self._put(_Close())
+        self._inbox.put(Close())
 
     def runtime_statistics(self) -> Mapping[str, float]:
         """What the runtime counts by itself; nothing before it is loaded."""
@@ -184,13 +159,10 @@ class Worker:
         """Waits for the end of the thread, which is at hand once ``ended`` has come."""
         self._thread.join()
 
-    def _put(self, command: Job | _Cancel | _Close) -> bool:
-        with self._lock:
-            if self._listening:
-                self._inbox.put(command)
-                if self._runner is not None:
-                    self._runner.wake()
-            return self._listening
+    def _wake(self) -> None:
+        runner = self._runner
+        if runner is not None:
+            runner.wake()
 
     def _at_exit(self) -> None:
         # A daemon thread that is inside of native code while the interpreter goes down can take the process with it.
@@ -295,29 +267,16 @@ class Worker:
             runner.remove(done)
 
     def _read_inbox(self, scheduler: Scheduler, *, sleep: bool) -> list[Sequence]:
-        """Works off the inbox, with ``sleep`` waiting when there is nothing to do. Returns rows that were cancelled.
-
-        Where nothing runs, those who are about to come are waited for a moment: requests that are made at the same time
-        begin together, instead of all others behind the step of the first.
-        """
+        """Works off the inbox, with ``sleep`` waiting when there is nothing to do. Returns rows that were cancelled."""
         leaving: list[Sequence] = []
-        block = sleep and not scheduler.running and not scheduler.queued
-        over = 0.0
-        while True:
-            patience = None
-            if self._coming and scheduler.queued and not scheduler.running:
-                now = time.monotonic()
-                over = over or now + _TOGETHER
-                patience = max(0.0, over - now)
-            try:
-                command = self._inbox.get(block or bool(patience), patience)
-            except queue.Empty:
-                return leaving
-            block = False
+        idle = not scheduler.running and not scheduler.queued
+        begins = partial(_begins, scheduler)
+        for command in self._inbox.read(sleep=sleep and idle, patient=begins):
             if isinstance(command, Job):
                 self._jobs.add(command)
-            elif isinstance(command, _Cancel):
+            elif isinstance(command, Cancel):
                 leaving += self._jobs.cancel(command.sequence)
+        return leaving
 
     def _make_room(self, scheduler: Scheduler, now: float) -> list[Sequence]:
         """Takes rows out of an agent that crowds others. They go on later, where they were."""
@@ -436,12 +395,10 @@ class Worker:
                 scheduler.requeue(sequence)
 
     def _end(self, reason: BaseException | None, runner: Runner | None, ready: Ready | None) -> None:
-        with self._lock:
-            self._listening = False
+        unread = self._inbox.shut()
         if reason is not None:
             traceback.clear_frames(reason.__traceback__)  # they hold the model
-        while not self._inbox.empty():
-            command = self._inbox.get()
+        for command in unread:
             if isinstance(command, Job):
                 self._jobs.add(command)
         if ready is not None:
@@ -476,6 +433,11 @@ class Worker:
         return (
             f"{len(rows)} rows, {fresh} of them without a token yet, up to {longest} tokens long, and {queued} queued"
         )
+
+
+def _begins(scheduler: Scheduler) -> bool:
+    """Whether a batch is about to begin."""
+    return scheduler.queued > 0 and not scheduler.running
 
 
 def restart_pause(restarts: int) -> float:

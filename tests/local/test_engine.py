@@ -710,7 +710,7 @@ async def test_those_who_come_at_once_begin_together(
     start: Start, runner: Any, ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody's first token waits for the step of one who was written as tokens a moment earlier."""
-    monkeypatch.setattr("asyncmodels.local.worker._TOGETHER", 60.0)
+    monkeypatch.setattr("asyncmodels.local.inbox._TOGETHER", 60.0)
     engine = start(runner, max_batch_size=16)
     await answer(engine, ask(max_tokens=1))
     runner.seen.clear()
