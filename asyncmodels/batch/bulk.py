@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -77,6 +77,7 @@ class BulkCrew:
         self._tasks: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._filled = False
+        self._stopped = False
         self._through = False
         """Whether all items were handed on."""
         self._rows = 0
@@ -119,11 +120,13 @@ class BulkCrew:
         return not self._results.empty()
 
     def stop(self, error: Exception | None = None) -> None:
-        """Ends it as soon as the items that are there were read; with an ``error`` reading ends with that."""
+        """Ends it after the items that are there, once they are written down; with an ``error`` it ends by that."""
         self._failure = self._failure or error
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
-        self._results.put_nowait(None)
+        if not self._tasks:
+            self._results.put_nowait(None)
 
     # -- reading inputs, and writing files ----------------------------------------------------------------------------
 
@@ -317,9 +320,13 @@ class BulkCrew:
 
     async def _hand_on(self, items: Sequence[Item]) -> None:
         new = [item for item in items if not item.reused]
-        if new and self._record is not None:
-            await self._record(new)
-        await self._room.acquire()
+        try:
+            if new and self._record is not None:
+                await _whole(self._record(new))
+            await self._room.acquire()
+        except asyncio.CancelledError:
+            self._results.put_nowait(items)  # for what is written down comes out
+            raise
         self._results.put_nowait(items)
 
     async def _add(self, rows: Sequence[Row]) -> None:
@@ -348,6 +355,8 @@ class BulkCrew:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.stop(error if isinstance(error, Exception) else RuntimeError(f"The run was ended by {error!r}."))
+        elif self._stopped and not self._tasks:
+            self._results.put_nowait(None)
 
     async def _dismiss(self) -> None:
         tasks = [*self._tasks]
@@ -361,3 +370,15 @@ class BulkCrew:
             if part.lines is not None:
                 with suppress(OSError):  # of a full disk: nobody reads the file any more
                     part.lines.close()
+
+
+async def _whole(work: Awaitable[None]) -> None:
+    """Waits for the end of ``work``, also when cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if (error := task.exception()) is not None:
+            raise error from None
+        raise

@@ -76,9 +76,9 @@ class Crew:
                 for done in (item,) if self._turn is None else self._turn.after(item):
                     self._make_room()
                     yield done
+            for done in () if self._turn is None else self._turn.rest():
+                yield done
             if self._failure is not None:
-                for done in () if self._turn is None else self._turn.rest():
-                    yield done
                 raise self._failure
         finally:
             await self._dismiss()
@@ -89,11 +89,12 @@ class Crew:
         return not self._results.empty()
 
     def stop(self, error: Exception | None = None) -> None:
-        """Ends it as soon as the items that are there were read: nothing is taken any more, and what is under way is
-        cancelled. With an ``error`` reading ends with that."""
+        """Takes nothing more and cancels what is under way. Reading ends after what was answered until then, once that
+        is written down, and with an ``error`` by that."""
         self._failure = self._failure or error
         self._exhausted = True
-        self._results.put_nowait(None)
+        for worker in self._workers:
+            worker.cancel()
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -196,6 +197,7 @@ class Crew:
             raise
         except Exception as error:
             self.stop(error)
+            self._results.put_nowait(None)
 
     async def _group(self) -> list[Item]:
         """Answers to write down together; none when no more can come."""

@@ -162,7 +162,7 @@ class Run(AsyncIterable[Item]):
         return self._tally.statistics(total=self._total, elapsed=elapsed)
 
     def cancel(self) -> None:
-        """Ends the run: what is in flight is cancelled, and reading ends after the items that are there."""
+        """Ends the run: what is in flight is cancelled, and reading ends after what was answered until then."""
         self._cancelled = True
         if self._crew is not None:
             self._crew.stop()
@@ -260,16 +260,18 @@ class Run(AsyncIterable[Item]):
         return Watch(self.model, self.statistics, display=display, journal=self._journal, links=links)
 
     def _judge(self, item: Item) -> None:
-        """Raises where an item's error is the end of the run."""
-        if item.error is None:
+        """Ends the run where an item's error is the end of it."""
+        if item.error is None or self._crew is None:
             return
         if self.settings.on_error == "raise":
             raise item.error
         limit, failed = self.settings.max_errors, self._tally.failed
         if limit is not None and failed > limit:
-            raise RunStoppedError(
+            error = RunStoppedError(
                 f"The run was stopped after {failed} errors (max_errors={limit}), of which the last is: {item.error}"
-            ) from item.error
+            )
+            error.__cause__ = item.error
+            self._crew.stop(error)
 
     async def _source(self) -> AsyncGenerator[Entry | Item, None]:
         """What there is to do, in the order in which to do it; as items what needs not be done."""
