@@ -48,6 +48,7 @@ class Crew:
         self._room: asyncio.Future[None] | None = None
         self._taking = asyncio.Lock()
         self._exhausted = False
+        self._asking = True
         self._reading: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._turn = _Turn() if ordered else None
@@ -96,6 +97,19 @@ class Crew:
         for worker in self._workers:
             worker.cancel()
 
+    def stop_asking(self, error: Exception | None = None) -> None:
+        """Cancels what is being answered and answers nothing more: of what ``source`` still gives only the items come
+        out. With an ``error`` reading ends with that."""
+        self._failure = self._failure or error
+        self._asking = False
+        if self._turn is not None:
+            self._turn.skip_gaps()
+        for worker in self._workers:
+            if worker is not self._reading:
+                worker.cancel()
+        if self._reading is None and not self._exhausted:
+            self._hire()
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _hire(self) -> None:
@@ -127,14 +141,20 @@ class Crew:
     async def _work(self) -> None:
         while (taken := await self._take()) is not None:
             # One more is needed only where nobody stands in line for the next entry.
-            if not self._taking.locked() and len(self._workers) < self._concurrency:
+            if self._asking and not self._taking.locked() and len(self._workers) < self._concurrency:
                 self._hire()
             if isinstance(taken, Item):
                 self._results.put_nowait(taken)
+            elif not self._asking:
+                self._make_room()
+                await asyncio.sleep(0)  # there may be many of them, and nothing to wait for between them
             else:
                 self._answering += 1
                 try:
                     self._unwritten.put_nowait(await self._answer(taken))
+                except BaseException:
+                    self._make_room()
+                    raise
                 finally:
                     self._answering -= 1
 
@@ -229,10 +249,17 @@ class _Turn:
     def __init__(self) -> None:
         self._next = 0
         self._early: dict[int, Item] = {}
+        self._gaps = False
+
+    def skip_gaps(self) -> None:
+        """Nobody waits for his turn any more."""
+        self._gaps = True
 
     def after(self, item: Item) -> list[Item]:
         """Those whose turn it is, now that ``item`` is here."""
         self._early[item.index] = item
+        if self._gaps:
+            return self.rest()
         ready: list[Item] = []
         while self._next in self._early:
             ready.append(self._early.pop(self._next))

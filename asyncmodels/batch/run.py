@@ -121,6 +121,9 @@ class Run(AsyncIterable[Item]):
         self._ended: float | None = None
         self._crew: Crew | BulkCrew | None = None
         self._cancelled = False
+        self.all_known = False
+        """Whether the run, where it is cancelled or has too many errors, still goes through the rest of its inputs,
+        asks nothing, and gives what the journal has of them. Set it before reading, for inputs that end."""
         self._over = asyncio.Event()
         # Not the generator itself, which the workers would keep alive: it must end when its reader drops it.
         self._items: weakref.ref[AsyncGeneratorType[Item, None]] | None = None
@@ -162,14 +165,17 @@ class Run(AsyncIterable[Item]):
         return self._tally.statistics(total=self._total, elapsed=elapsed)
 
     def cancel(self) -> None:
-        """Ends the run: what is in flight is cancelled, and reading ends after what was answered until then."""
-        self._cancelled = True
+        """Ends the run: what is in flight is cancelled, and reading ends after what was answered until then, and what
+        is known, if ``all_known``; cancelled once more it ends without."""
+        again, self._cancelled = self._cancelled, True
         if self._crew is not None:
-            self._crew.stop()
+            self._stop(self._crew, None, at_once=again)
 
     async def aclose(self) -> None:
         """Cancels what is in flight and lets go of everything. Closing twice is allowed."""
-        self.cancel()
+        self._cancelled = True
+        if self._crew is not None:
+            self._crew.stop()
         if self._items is None:
             return
         items = self._items()
@@ -211,7 +217,7 @@ class Run(AsyncIterable[Item]):
             async with self._elsewhere() as self._answering:
                 self._crew = self._hired()
                 if self._cancelled:  # while the journal was opened
-                    self._crew.stop()
+                    self._stop(self._crew, None)
                 with self._watched():
                     async with aclosing(self._crew.items()) as items:
                         async for item in items:
@@ -271,7 +277,13 @@ class Run(AsyncIterable[Item]):
                 f"The run was stopped after {failed} errors (max_errors={limit}), of which the last is: {item.error}"
             )
             error.__cause__ = item.error
-            self._crew.stop(error)
+            self._stop(self._crew, error)
+
+    def _stop(self, crew: Crew | BulkCrew, error: Exception | None, *, at_once: bool = False) -> None:
+        if self.all_known and not at_once and isinstance(crew, Crew):
+            crew.stop_asking(error)
+        else:
+            crew.stop(error)
 
     async def _source(self) -> AsyncGenerator[Entry | Item, None]:
         """What there is to do, in the order in which to do it; as items what needs not be done."""

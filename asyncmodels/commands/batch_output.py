@@ -318,21 +318,36 @@ class _Parquet(Output):
                 self._count += len(self.pending)
             file.close()
             if self._count or whole:
-                self._publish()
+                self._publish(whole)
                 self.pending.clear()
         finally:
             with suppress(OSError):
                 file.close()
             self._partial.unlink(missing_ok=True)
 
-    def _publish(self) -> None:
+    def _publish(self, whole: bool) -> None:
         if self._existing == "refuse":
             with suppress(OSError):  # a disk without hard links, if not one that has such a file
                 os.link(self._partial, self._path)
                 return
             if self._path.exists():
                 raise FileExistsError(errno.EEXIST, "another file was put there meanwhile", str(self._path))
+        before = left_aside(self._path)
+        if self._existing == "resume" and not whole and self._path.exists():
+            self._keep_aside()
         self._partial.replace(self._path)
+        if whole:
+            for path in before:
+                with suppress(OSError):
+                    path.unlink()
+
+    def _keep_aside(self) -> None:
+        """That of the run which is resumed, as ``_Lines`` does."""
+        aside = aside_of(self._path)
+        try:
+            os.link(self._path, aside)
+        except OSError:
+            self._path.rename(aside)
 
     def _save(self) -> None:
         self._file.write(self.pending)

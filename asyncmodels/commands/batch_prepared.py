@@ -75,6 +75,8 @@ class Prepared:
                     progress=False if options.quiet else options.progress or None,
                     **self.params,
                 )
+                # A pipe may never end; and what waits for a provider's batch is known only there.
+                run.all_known = options.resume and not self.piped and options.mode == "calls"
                 old = self._old_journal()  # not before: whatever is refused until here leaves it as it is
                 is_new = journal is not None and not journal.exists()
             except BaseException:

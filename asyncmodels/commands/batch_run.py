@@ -76,8 +76,7 @@ class Batch:
             await asyncio.shield(reading)
         except asyncio.CancelledError:
             # What was answered already is still read: it was paid for.
-            self.run.cancel()
-            self.feed.stop()
+            self.stop()
             await asyncio.gather(reading, return_exceptions=True)
             reader.end(interrupted=True)
             raise
@@ -90,6 +89,12 @@ class Batch:
         else:
             reader.end()
         return self.run.statistics().failed == 0
+
+    def stop(self) -> None:
+        """Asks nothing more."""
+        self.run.cancel()
+        if not self.run.all_known:
+            self.feed.stop()
 
 
 class _Reader:
@@ -156,7 +161,10 @@ class _Reader:
 
     def _stop(self, why: str) -> None:
         self._ended_by = why
-        self._batch.feed.stop()
+        if self._batch.run.all_known:
+            self._batch.stop()
+        else:
+            self._batch.feed.stop()
 
     def _whereabouts(self, error: AsyncModelsError | None) -> str:
         """Where those answers are that the output could not take."""

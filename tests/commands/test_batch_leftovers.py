@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import subprocess
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from asyncmodels.batch.sqlite_file import SQLiteFile
 from asyncmodels.cli import main
 from asyncmodels.commands import batch_output
 from asyncmodels.commands.batch_journal import remove_empty
-from tests.commands.asking import asked
+from tests.commands.asking import asked, contents
 from tests.commands.conftest import Provided, Started
 from tests.server.handle import Place
 from tests.server.script import Answer
@@ -315,3 +316,65 @@ def test_an_empty_input(
     assert main(["batch", name, "-q"]) == 0
     assert capsys.readouterr() == ("", "")
     assert asked(place) == []
+
+
+# -- resumed, and ended early -----------------------------------------------------------------------------------------
+
+
+def _ids(path: str) -> set[str]:
+    if path.endswith(".parquet"):
+        return set(parquet.read_table(path).column("id").to_pylist())
+    return set(contents(path))
+
+
+@pytest.mark.parametrize("ordered", [[], ["--ordered"]])
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+def test_a_resumed_run_that_is_interrupted(
+    name: str, ordered: list[str], provided: Provided, started: Started, tmp_path: Path
+) -> None:
+    """All that the journal knows is in the output, also of rows to which the run has not come."""
+    no = Answer(status=400, body="No.")
+    place = provided(Answer(echo=True), no, *[Answer(echo=True)] * 297, *[Answer(fault="hang")] * 2)
+    Path("in.txt").write_text("".join(f"{n}\n" for n in range(300)))
+    command = ["batch", "in.txt", "-o", name, "--concurrency", "1", *ordered]
+    assert main([*command, "--limit", "299"]) == 1
+    assert len(_ids(name)) == 299
+    with started(*command, "--resume") as process:
+        asyncio.run(place.until(requests=300))
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert _ids(name) == {str(n) for n in range(299)} - {"1"}
+    assert len(_ids(f".before.1.{name}")) == 299
+    assert len(asked(place)) == 300
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+def test_a_resumed_run_of_too_many_errors(name: str, provided: Provided, tmp_path: Path) -> None:
+    """All that the journal knows is in the output, and the next one of a whole run leaves nothing aside."""
+    no = Answer(status=400, body="No.")
+    place = provided(Answer(echo=True), no, Answer(echo=True), Answer(echo=True), no, Answer(echo=True))
+    Path("in.txt").write_text("1\n2\n3\n4\n")
+    command = ["batch", "in.txt", "-o", name, "--concurrency", "1"]
+    assert main(command) == 1
+    assert main([*command, "--resume", "--max-errors", "0"]) == 3
+    assert _ids(name) == {"0", "1", "2", "3"}
+    assert main([*command, "--resume"]) == 0
+    assert len(asked(place)) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", name, f"{name}.sqlite"]
+
+
+def test_a_parquet_file_of_a_pipe_that_is_resumed_and_interrupted(provided: Provided, started: Started) -> None:
+    """Nobody knows what may come: the fuller file is kept aside."""
+    place = provided(Answer(echo=True), Answer(status=400, body="No."), Answer(echo=True), Answer(fault="hang"))
+    Path("in.txt").write_text("1\n2\n3\n")
+    command = ["batch", "-o", "out.parquet", "--concurrency", "1"]
+    assert main(["batch", "in.txt", *command[1:]]) == 1
+    with started(*command, "--resume", stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write("1\n2\n")
+        process.stdin.flush()
+        asyncio.run(place.until(requests=4))
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+    assert _ids("out.parquet") == {"0"}
+    assert _ids(".before.1.out.parquet") == {"0", "1", "2"}
