@@ -114,7 +114,8 @@ def _identity(backend: Backend) -> str:
     """What a backend says of itself; that holds no secret."""
     said = (backend.identity() if isinstance(backend, Identified) else None) or {}
     # What is long there is written for caches, not for readers.
-    return ", ".join(f"{name}={_shown(value)}" for name, value in said.items() if len(str(value)) <= LONGEST)
+    readable = {name: value for name, value in said.items() if name != "dialect" and len(str(value)) <= LONGEST}
+    return ", ".join(f"{name}={_shown(value)}" for name, value in readable.items())
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
 from types import MappingProxyType
@@ -244,3 +247,36 @@ def test_a_route_that_is_known_says_where_it_leads() -> None:
     assert router != own
     assert b"secret" not in router + own
     assert of(model_id="Qwen/Qwen3-32B", provider="novita", token="hf_secret") is None
+
+
+_SAYS = """
+import json
+from functools import partial
+from asyncmodels import AzureOpenAIModel, InferenceClientModel, Model, OpenAIModel
+from asyncmodels.identity import canonical, identities
+from asyncmodels.policies.fallback import Fallback
+
+roles = {role: "user" for role in {"system", "developer", "tool"}}
+models = [
+    OpenAIModel("m", api_base="http://a/v1", api_key="k", custom_role_conversions=roles),
+    OpenAIModel("m", provider="deepseek", api_key="k"),
+    OpenAIModel("m", api_base="http://a/v1", api_key="k", extra={"names": {"a", "b", "c"}}),
+    AzureOpenAIModel("m", azure_endpoint="http://a", api_key="k", api_version="1"),
+    InferenceClientModel("Qwen/Qwen3-32B", token="hf_k"),
+    Model(Fallback(OpenAIModel("m", api_base="http://a/v1", api_key="k"), to=[OpenAIModel("n", api_key="k")])),
+]
+print([canonical(identities(model)).decode() for model in models])
+"""
+
+
+def test_who_answers_is_the_same_in_every_process() -> None:
+    """Whatever the order in which it was told, and however Python hashes there."""
+    said = set()
+    for seed in ("1", "2", "3", "4"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        said.add(subprocess.check_output([sys.executable, "-c", _SAYS], text=True, env=environment))
+    assert len(said) == 1
+    (same,) = said
+    assert same.count("endpoint") == 7
+    assert " at 0x" not in same
+    assert "Dialect(" not in same

@@ -122,7 +122,7 @@ class ChatBackend(Backend):
         await self.pool.aclose()
 
     def identity(self) -> Mapping[str, Any]:
-        return {"model": self.model_id, "endpoint": self._endpoint.place(), "dialect": repr(self._dialect)}
+        return {"model": self.model_id, "endpoint": self._endpoint.place(), "dialect": self._dialect.identity()}
 
     def statistics(self) -> Any:
         return self.pool.statistics()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from asyncmodels.remote.quirks import Quirks
 
@@ -30,6 +31,15 @@ class Dialect:
     json_schema: bool = True
     json_object: bool = True
 
+    def identity(self) -> dict[str, Any]:
+        """What of it decides answers and is not as usual: a field that is new to it makes no other of those before."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _OF_NO_ACCOUNT}
+        return {
+            name: dict(value) if isinstance(value, Mapping) else value
+            for name, value in values.items()
+            if value != getattr(_USUAL, name)
+        }
+
     @classmethod
     def of(cls, quirks: Quirks, *, role_conversions: Mapping[str, str], flatten_messages: bool = False) -> Dialect:
         """The dialect of a server with ``quirks``; the caller's own ``role_conversions`` come before its."""
@@ -47,3 +57,8 @@ class Dialect:
             json_schema=quirks.json_schema is not False,
             json_object=quirks.json_object is not False,
         )
+
+
+_USUAL = Dialect()
+_OF_NO_ACCOUNT = ("max_stops", "stream_options")
+"""All stops are cut here in any case, and a stream's usage is no answer."""

@@ -354,7 +354,7 @@ class LiteLLMBackend(Backend):
     def identity(self) -> Mapping[str, Any] | None:
         if self._who is None:
             return None
-        return {"model": self.model_id, "dialect": repr(self._dialect), **self._who}
+        return {"model": self.model_id, "dialect": self._dialect.identity(), **self._who}
 
     def statistics(self) -> LiteLLMStatistics:
         return LiteLLMStatistics(self._in_flight, self._sessions.connections())
