@@ -7,7 +7,7 @@ prompt: two epochs are two questions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from hashlib import sha256
 from typing import Any
@@ -69,10 +69,15 @@ def canonical(tree: Any) -> bytes:
     return _encoder.encode(tree)
 
 
-def identities(backend: Backend) -> tuple[Mapping[str, Any], ...] | None:
-    """What the links of a chain say of themselves, from the outermost in; None when the innermost cannot say it."""
-    said = [link.identity() if isinstance(link, Identified) else None for link in links(backend)]
-    return None if said[-1] is None else tuple(identity for identity in said if identity is not None)
+def identities(backend: Backend, *, besides: Collection[Backend] = ()) -> tuple[Mapping[str, Any], ...] | None:
+    """What the links of a chain say of themselves, from the outermost in, those left out that say nothing, and those
+    ``besides``; None when the innermost cannot say it."""
+    *around, last = links(backend)
+    innermost = last.identity() if isinstance(last, Identified) else None
+    if innermost is None:
+        return None
+    said = [link.identity() for link in around if isinstance(link, Identified) and link not in besides]
+    return (*filter(None, said), innermost)
 
 
 # -- the parts of a request -------------------------------------------------------------------------------------------

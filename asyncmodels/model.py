@@ -316,6 +316,15 @@ class Model(Backend, Reproducible):
 
         return {"defaults": question(evolve(Request(messages=()), **self._defaults))}
 
+    def _models_inside(self) -> list[Model]:
+        """Those right inside of this one and of one another, whose defaults are in all that this one asks."""
+        found: list[Model] = []
+        inside = self.backend
+        while isinstance(inside, Model):
+            found.append(inside)
+            inside = inside.backend
+        return found
+
     def _links(self) -> Iterator[Backend]:
         """The links of the chain down to the backend, or to a Model, which answers for what is inside of it."""
         for link in links(self._chain):

@@ -355,9 +355,12 @@ def _who(asker: Asker, namespace: str | None) -> dict[str, Any]:
 
 
 def _is_same(mine: Mapping[str, Any], theirs: Any) -> bool:
-    """Some backends know only after their first answer where that comes from: their chain is None until then."""
+    """Some backends know only after their first answer where that comes from: their chain is None until then. And in
+    some journals stand links that say nothing."""
     if not isinstance(theirs, Mapping):
         return False
+    if isinstance(chain := theirs.get("chain"), list):
+        theirs = {**theirs, "chain": [*filter(None, chain[:-1]), *chain[-1:]]}
     if None in (mine["chain"], theirs.get("chain")):
         mine, theirs = ({**who, "chain": None} for who in (mine, theirs))
     return canonical(mine) == canonical(theirs)

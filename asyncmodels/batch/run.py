@@ -233,7 +233,7 @@ class Run(AsyncIterable[Item]):
                 self._over.set()
 
     def _asker(self) -> Asker:
-        chain = identities(self.model._chain)
+        chain = identities(self.model._chain, besides=self.model._models_inside())
         origin = None if chain is None else asdict(origin_of(self.model))
         return Asker(model_id=self.model.model_id, chain=chain, total=self._total, origin=origin)
 

@@ -19,14 +19,18 @@ from typing import Any
 
 import pytest
 
-from asyncmodels.backend import Backend, Capabilities
+from asyncmodels.backend import Backend, Capabilities, Policy
 from asyncmodels.batch.file_journal import JSONLJournal, SQLiteJournal
-from asyncmodels.batch.journal import Journal
+from asyncmodels.batch.item import Item
+from asyncmodels.batch.journal import Asker, Journal
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.record import Record
 from asyncmodels.errors import ConfigurationError, JournalError, ServerError
 from asyncmodels.model import Model
+from asyncmodels.policies.budget import Budget
 from asyncmodels.policies.cache import Cache
+from asyncmodels.policies.prices import Price
+from asyncmodels.policies.rate_limit import RateLimit
 from asyncmodels.testing import ScriptedBackend
 from asyncmodels.types import ImagePart, Message, Request, Response, TextPart, Usage
 
@@ -495,6 +499,47 @@ async def test_a_journal_that_was_open_at_a_fork(path: Path) -> None:
     assert child.exitcode == 7
     assert len([item async for item in items]) == 1
     assert len(records(path)) == 2
+
+
+async def test_a_model_in_a_model_is_the_same_one(path: Path) -> None:
+    """What is put around it changes no answer, so that a journal knows it with and without; its defaults count once,
+    and those that are other ones are another question."""
+
+    def around(oracle: Oracle) -> Oracle:
+        oracle.model = Model(oracle.model, partial(Budget, spending=9.0, prices=Price(input=1, output=1)))
+        oracle.model = Model(oracle.model, partial(RateLimit, requests_per_minute=6000))
+        return oracle
+
+    defaults = {"max_tokens": 7}
+    assert await ask(path, ["a"], Oracle(defaults=defaults)) == ["a"]
+    assert await ask(path, ["a", "b"], around(Oracle(defaults=defaults))) == ["b"]
+    assert await ask(path, ["a", "b", "c"], Oracle(defaults=defaults)) == ["c"]
+    with pytest.raises(JournalError, match="max_tokens"):
+        await ask(path, ["a"], around(Oracle(defaults={"max_tokens": 8})))
+
+
+async def test_a_journal_that_says_of_links_that_they_say_nothing(path: Path) -> None:
+    """As earlier ones do, whose answers are found even so."""
+
+    class Mute(Policy):
+        async def generate(self, request: Request, /) -> Response:
+            return await self.backend.generate(request)
+
+        def stream(self, request: Request, /) -> Any:
+            return self.backend.stream(request)
+
+        def identity(self) -> dict[str, Any]:
+            return {}
+
+    journal = SQLiteJournal(path) if path.suffix == ".sqlite" else JSONLJournal(path)
+    await journal.begin(Asker(model_id=None, chain=({}, {"model": "m"})))
+    oracle = Oracle()
+    item = Item(index=0, id="0", request=oracle.model.request("a"), response=Response(content="A"))
+    await journal.record([item])
+    await journal.aclose()
+    assert await ask(path, ["a"], oracle) == []
+    oracle.model = Model(oracle.model, Mute)
+    assert await ask(path, ["a"], oracle) == []
 
 
 # -- leaving ----------------------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ def test_an_empty_input(
 
 def _ids(path: str) -> set[str]:
     if path.endswith(".parquet"):
-        return set(parquet.read_table(path).column("id").to_pylist())
+        return {str(id) for id in parquet.read_table(path).column("id").to_pylist()}
     return set(contents(path))
 
 

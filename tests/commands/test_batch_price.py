@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from asyncmodels import registry
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.report_text import money
 from asyncmodels.cli import main
 from asyncmodels.model import Model
+from asyncmodels.registry import Scheme
 from asyncmodels.testing import ScriptedBackend
 from asyncmodels.types import Response, Usage
 from tests.commands.asking import asked, lines, refused, wrote
@@ -154,3 +157,24 @@ def test_prices_that_are_none(price: str, place: Place, capsys: pytest.CaptureFi
     assert caught.value.code == 2
     assert "two prices are needed with a comma between them" in capsys.readouterr().err
     assert asked(place) == []
+
+
+def test_limits_of_a_plugin_s_model_that_come_later(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A journal of a model that an installed package brings goes on with a price and limits, and without them again."""
+
+    def plugged(name: str, **params: object) -> Model:
+        return Model(
+            ScriptedBackend(lambda request: request.messages[0].text, repeat=True, model=name), defaults=params
+        )
+
+    row = Scheme("plug", "plugged_models:plugged", None, "")
+    monkeypatch.setattr(registry, "_installed", lambda: (row,))
+    monkeypatch.setitem(sys.modules, "plugged_models", SimpleNamespace(plugged=plugged))
+    monkeypatch.chdir(tmp_path)
+    command = ["batch", "in.txt", "-m", "plug:m", "-o", "out.jsonl", "--model-arg", "max_tokens=5"]
+    for count, more in enumerate([[], ["--price", "1,2", "--budget", "9"], ["--rpm", "6000"], []], 1):
+        Path("in.txt").write_text("".join(f"{n}\n" for n in range(count)))
+        assert main([*command, *more, *(["--resume"] if count > 1 else [])]) == 0
+        rows = lines("out.jsonl")
+        assert [row["content"] for row in rows] == [str(n) for n in range(count)]
+        assert sum(row.get("reused", False) for row in rows) == count - 1
