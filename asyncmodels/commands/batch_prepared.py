@@ -58,7 +58,7 @@ class Prepared:
         calls: int | None = options.concurrency if options.concurrency != "auto" else None
         async with load_model(options, "auto" if calls is None else calls) as model:
             most = {**model._defaults, **self.params}.get("max_tokens")
-            check_budget(model, options.price, bounded=most is not None or self.prompts.have_parameters)
+            check_budget(model, options.price, bounded=most is not None or self.prompts.bound_answers)
             journal = None if self.journal is None else self.journal.path
             self.output.open()
             try:

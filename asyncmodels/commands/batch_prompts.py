@@ -45,12 +45,13 @@ class Prompts:
         self._id = wanted.id_column or "id"
         self._column = wanted.column
         self.openai = False
+        self._first: Row | None = None
         self.model: str | None = None
         """The model that the first of OpenAI's batch lines names."""
         if isinstance(rows, TableRows):
             self._check_columns(rows)
         else:
-            first = rows.first()
+            first = self._first = rows.first()
             as_data = wanted.column is not None or wanted.template is not None
             if first is not None and not as_data and is_batch_line(first.value):
                 self.openai = True
@@ -58,10 +59,14 @@ class Prompts:
                 self.model = named if isinstance(named, str) else None
 
     @property
-    def have_parameters(self) -> bool:
-        """Whether a row may have parameters of its own."""
+    def bound_answers(self) -> bool:
+        """Whether rows say by themselves how long an answer may be, as far as the first one tells."""
         as_data = self._column is not None or self._wanted.template is not None
-        return isinstance(self._rows, JSONLines) and not as_data
+        if not isinstance(self._rows, JSONLines) or as_data:
+            return False
+        asked = None if self._first is None else self.input_of(self._first).value
+        # What cannot be read asks nothing.
+        return asked is None or isinstance(asked, Exception) or asked.get("max_tokens") is not None
 
     def input_of(self, row: Row) -> Placed:
         place = self._rows.place(row)

@@ -41,18 +41,29 @@ def as_price(amounts: Sequence[float]) -> Price:
 
 
 def check_budget(model: Model, price: Sequence[float] | None, *, bounded: bool) -> None:
-    """Raises UsageError for a ``model`` with a budget whose price is unknown, or where nobody knows how long an answer
-    may be; ``bounded`` says that requests have a max_tokens, or may have one of their own."""
+    """Raises UsageError for a ``model`` with a budget whose price is unknown, where nobody knows how long an answer may
+    be, or where one that is as long as it may be never fits; ``bounded`` says that requests have a max_tokens."""
+    from asyncmodels.batch.report_text import money
+    from asyncmodels.policies.prices import UNIT
     from asyncmodels.policies.spending import SpendingStatistics
 
     counts = model.statistics().links.values()
-    if not any(isinstance(counted, SpendingStatistics) and counted.left is not None for counted in counts):
+    budgets = [each for each in counts if isinstance(each, SpendingStatistics) and each.left is not None]
+    if not budgets:
         return
     tariff = _tariff(model, price)
-    if tariff is None or tariff.context is not None or bounded:
+    if tariff is None or bounded:
         return
-    if tariff.at_most(1, 1, writes_cache=False) > 0:
+    longest = tariff.context
+    most = tariff.at_most(1, longest or 1, writes_cache=False) / UNIT
+    if longest is None and most > 0:
         raise UsageError("--budget must know how long an answer may be: give --max-tokens.")
+    for budget in budgets:
+        if budget.left is not None and most > budget.left:
+            raise UsageError(
+                f"--budget has {money(budget.left, budget.currency)}, and an answer of this model, which may be "
+                f"{longest:,} tokens long, could cost {money(most, budget.currency)}: give --max-tokens."
+            )
 
 
 def _tariff(model: Model, price: Sequence[float] | None) -> Tariff | None:

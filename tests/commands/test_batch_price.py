@@ -140,6 +140,26 @@ def test_rows_that_say_how_long_their_answers_may_be(place: Place) -> None:
     assert len(asked(place)) == 3
 
 
+_LINE = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "m", "messages": ["x"]}}
+
+
+@pytest.mark.parametrize("row", [{"prompt": "x"}, "x", _LINE])
+def test_rows_that_do_not_say_it(
+    row: object, place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not refused one by one: where the first row has no max_tokens of its own, that is said once."""
+    said = refused(capsys, place, wrote("in.jsonl", row, row), "--budget", "1", "--price", "1,2")
+    assert said == "--budget must know how long an answer may be: give --max-tokens."
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    said = refused(capsys, place, "in.jsonl", "--budget", "0.1", "-m", "openai:gpt-4o", "-o", "out.jsonl")
+    assert said.startswith(
+        "--budget has $0.100, and an answer of this model, which may be 128,000 tokens long, could co"
+    )
+    assert not Path("out.jsonl.sqlite").exists()
+    Path("empty.jsonl").write_text("")
+    assert main(["batch", "empty.jsonl", "--budget", "1", "--price", "1,2"]) == 0
+
+
 def test_no_price_list(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not installed both ways out are named."""
     monkeypatch.setitem(sys.modules, "genai_prices.data_snapshot", None)
