@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class Prepared:
                 )
                 # A pipe may never end; and what waits for a provider's batch is known only there.
                 run.all_known = options.resume and not self.piped and options.mode == "calls"
-                old = self._old_journal()  # not before: whatever is refused until here leaves it as it is
+                old = self._old_journals()  # not before: whatever is refused until here leaves it as it is
                 is_new = journal is not None and not journal.exists()
             except BaseException:
                 self.output.close(whole=False)
@@ -95,31 +95,30 @@ class Prepared:
             try:
                 whole = await batch.go()
             except BaseException as error:
-                if journal is not None and is_new and (old is not None or isinstance(error, UsageError)):
+                if journal is not None and is_new and (old or isinstance(error, UsageError)):
                     remove_empty(journal)
-                if old is not None and not run.statistics().done and (journal is None or not journal.exists()):
-                    old.put_back()
-                elif old is not None:
-                    old.remove()
+                needless = bool(run.statistics().done) or (journal is not None and journal.exists())
+                for each in old:
+                    each.remove() if needless else each.put_back()
                 raise
-            if old is not None:
-                old.remove()
+            for each in old:
+                each.remove()
             return 0 if whole else 1
 
-    def _old_journal(self) -> OldJournal | None:
-        """That of the run which is started over, if this one is. Raises JournalError where it cannot be replaced."""
+    def _old_journals(self) -> Sequence[OldJournal]:
+        """Those of the run which is started over, if this one is: what has its place, and what lies beside the output,
+        from which a later run would go on. Raises JournalError where one cannot be replaced."""
         if not self.options.overwrite:
-            return None
-        if self.journal is not None:
-            return OldJournal(self.journal.path)
-        if self.place is None:
-            return None
-        path = _beside(self.place)
+            return ()
+        old = [] if self.journal is None else [OldJournal(self.journal.path)]
         try:
-            read_journal(path).close()
-        except JournalError:  # there is none, or it is somebody's file
-            return None
-        return OldJournal(path)
+            if self.place is not None and _is_journal(path := _beside(self.place)):
+                old.append(OldJournal(path))
+        except BaseException:
+            for each in old:
+                each.put_back()
+            raise
+        return old
 
     def _feed(self) -> Feed:
         strict = self.options.bad_lines == "stop"
@@ -247,6 +246,15 @@ def _journal(options: argparse.Namespace, output: Path | None) -> FileJournal | 
 def _beside(output: Path) -> Path:
     """The journal of an output for which no other is named."""
     return output.with_name(f"{output.name}.sqlite")
+
+
+def _is_journal(path: Path) -> bool:
+    """False where there is none, or somebody's file."""
+    try:
+        read_journal(path).close()
+    except JournalError:
+        return False
+    return True
 
 
 def _output(

@@ -295,6 +295,38 @@ def test_starting_over_without_a_journal(place: Place, capsys: pytest.CaptureFix
     assert Path("out.jsonl.sqlite").read_bytes() == b"my notes"
 
 
+def test_starting_over_with_another_journal(
+    provided: Provided, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """That of the output is gone with the output, so that nobody goes on from it; where nothing new was answered it is
+    in its place again, and one that is in use is left alone, and so is the new one."""
+    provided()
+    Path("in.txt").write_text("1\n2\n")
+    command = ["batch", "in.txt", "-o", "out.jsonl"]
+    assert main(command) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    bad = ["batch", "bad.jsonl", "--bad-lines", "stop", "-o", "out.jsonl", "--overwrite", "--journal", "other.sqlite"]
+    Path("bad.jsonl").write_text("{\n")
+    assert main(bad) == 2
+    Path("bad.jsonl").unlink()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    again = [*command, "--overwrite", "--journal", "other.sqlite", "--temperature", "1"]
+    lock = JournalLock(Path("out.jsonl.sqlite"))
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "The journal 'out.jsonl.sqlite' is in use" in capsys.readouterr().err
+    lock.release()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    place = provided()
+    assert main(again) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "other.sqlite", "out.jsonl"]
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 2
+    assert "there is no journal out.jsonl.sqlite" in capsys.readouterr().err
+    assert main([*command, "--resume", "--temperature", "1", "--journal", "other.sqlite"]) == 0
+    assert len(asked(place)) == 2
+
+
 # -- nothing to ask ---------------------------------------------------------------------------------------------------
 
 
