@@ -23,16 +23,19 @@ __all__ = ["JournalLock", "refuse_inherited"]
 
 
 class JournalLock:
-    """Holds the journal at ``path`` until it is released. Raises JournalError where another holds it, and OSError."""
+    """Holds the journal at ``path`` until it is released. Raises JournalError where another holds it, and OSError.
 
-    def __init__(self, path: Path) -> None:
-        self._journal = path
-        self._path = path.with_name(f"{path.name}-lock")
+    Whatever else one writes at a time is ``what`` errors call it; ``at`` is where its lock lies.
+    """
+
+    def __init__(self, path: Path, *, what: str = "journal", at: Path | None = None) -> None:
+        self._held_name = f"The {what} {str(path)!r}"
+        self._path = path.with_name(f"{path.name}-lock") if at is None else at
         self._name = str(path.resolve())
         refuse_inherited(path)
         with _guard:
             if self._name in _held:
-                raise JournalError(f"The journal {str(path)!r} is in use by another run of this process.")
+                raise JournalError(f"{self._held_name} is in use by another run of this process.")
             self._descriptor = self._taken()
             _held[self._name] = self
 
@@ -62,8 +65,7 @@ class JournalLock:
                 holder = _holder(descriptor)
                 os.close(descriptor)
                 raise JournalError(
-                    f"The journal {str(self._journal)!r} is in use by another process{holder}: "
-                    "only one run at a time may write to it."
+                    f"{self._held_name} is in use by another process{holder}: only one run at a time may write to it."
                 ) from error
             except BaseException:
                 with suppress(OSError):

@@ -12,10 +12,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from asyncmodels.batch.item import Item
 from asyncmodels.batch.record import sound
+from asyncmodels.commands.batch_claim import Claim, Existing, check_own
 from asyncmodels.commands.batch_partial import aside_of, left_aside, partial_of, remove_stale
 from asyncmodels.commands.terminal import UsageError
 from asyncmodels.errors import MissingExtraError
@@ -23,7 +24,6 @@ from asyncmodels.errors import MissingExtraError
 __all__ = ["COLUMNS", "Output", "StandardOutput", "as_row", "csv_output", "json_output", "parquet_output"]
 
 Row: TypeAlias = Mapping[str, Any]
-Existing: TypeAlias = Literal["refuse", "resume", "overwrite"]
 
 COLUMNS: tuple[tuple[str, type], ...] = (
     ("id", str),
@@ -132,14 +132,16 @@ class _Lines(Output):
         self._file = -1
         self._made = False
         self._before: list[Path] = []
+        self._claim: Claim | None = None
 
     def open(self) -> None:
-        _check_place(self._path, self._existing)
+        self._claim = Claim(self._path, self._existing)
         if self._path.exists():
             return
         try:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         except OSError as error:
+            self._claim.release()
             raise UsageError(_cannot(self._path, error)) from error
         self._made = True
 
@@ -156,6 +158,13 @@ class _Lines(Output):
             os.fsync(self._file)
 
     def close(self, *, whole: bool) -> None:
+        try:
+            self._close(whole)
+        finally:
+            if self._claim is not None:
+                self._claim.release()
+
+    def _close(self, whole: bool) -> None:
         if whole and not self._size:
             self._append(self._head)
         file, self._file = self._file, -1
@@ -183,6 +192,7 @@ class _Lines(Output):
     def _append(self, data: bytes) -> None:
         if self._file < 0:
             self._file = self._replaced()
+        check_own(self._path, self._file, self._size)
         left = memoryview(data)
         try:
             while left:
@@ -287,12 +297,14 @@ class _Parquet(Output):
         self._cleared = False
         self._file: Any = None
         self._count = 0
+        self._claim: Claim | None = None
 
     def open(self) -> None:
-        _check_place(self._path, self._existing)
+        self._claim = Claim(self._path, self._existing)
         try:
             self._file = self._make(self._partial, self._columns)
         except OSError as error:
+            self._claim.release()
             raise UsageError(_cannot(self._path, error)) from error
 
     def write(self, row: Row) -> None:
@@ -324,6 +336,8 @@ class _Parquet(Output):
             with suppress(OSError):
                 file.close()
             self._partial.unlink(missing_ok=True)
+            if self._claim is not None:
+                self._claim.release()
 
     def _publish(self, whole: bool) -> None:
         if self._existing == "refuse":
@@ -356,21 +370,6 @@ class _Parquet(Output):
 
 
 # -- what they share --------------------------------------------------------------------------------------------------
-
-
-def _check_place(path: Path, existing: Existing) -> None:
-    if path.exists():
-        if existing == "refuse":
-            raise UsageError(
-                f"{path} exists: --resume goes on with the run that made it, --overwrite starts over, "
-                "or choose another file."
-            )
-        if not path.is_file():
-            raise UsageError(f"{path} is no plain file.")
-        if not os.access(path, os.W_OK):
-            raise UsageError(f"{path} cannot be written: you may not, or its disk is read-only.")
-    elif not path.parent.exists():
-        raise UsageError(f"the folder {path.parent} does not exist.")
 
 
 def _cannot(path: Path, error: OSError) -> str:

@@ -77,7 +77,11 @@ class Batch:
         except asyncio.CancelledError:
             # What was answered already is still read: it was paid for.
             self.stop()
-            await asyncio.gather(reading, return_exceptions=True)
+            try:
+                await asyncio.gather(reading, return_exceptions=True)
+            except BaseException:  # cancelled once more
+                reader.close()
+                raise
             reader.end(interrupted=True)
             raise
         except AsyncModelsError as error:

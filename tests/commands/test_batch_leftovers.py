@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import subprocess
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,16 @@ from asyncmodels.batch.sqlite_file import SQLiteFile
 from asyncmodels.cli import main
 from asyncmodels.commands import batch_output
 from asyncmodels.commands.batch_journal import remove_empty
-from tests.commands.asking import asked, contents
+from tests.commands.asking import asked, contents, refused
 from tests.commands.conftest import Provided, Started
 from tests.server.handle import Place
 from tests.server.script import Answer
+
+
+def _ids(path: str) -> set[str]:
+    if path.endswith(".parquet"):
+        return {str(id) for id in parquet.read_table(path).column("id").to_pylist()}
+    return set(contents(path))
 
 
 @pytest.mark.parametrize("journal", ["run.sqlite", "run.jsonl"])
@@ -146,25 +153,87 @@ def test_an_output_that_cannot_be_made_anew(place: Place, monkeypatch: pytest.Mo
 # -- two that write to one file ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", ["run", "file", None])
-def test_an_output_in_which_others_have_written(other: str | None, provided: Provided, started: Started) -> None:
-    """A run that has written nothing takes its output away again, unless there is something of somebody else in it."""
+@pytest.mark.parametrize("name", ["out.jsonl", "out.parquet"])
+def test_two_runs_onto_one_output(
+    name: str, provided: Provided, started: Started, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The later one is refused for as long as the first is at work, also under another name and with another journal,
+    in one clear sentence; the lock of one that was killed is nobody's."""
     place = provided(Answer(fault="hang"), Answer(echo=True))
     Path("in.txt").write_text("1\n")
-    command = ["batch", "in.txt", "-o", "out.jsonl", "--no-journal"]
-    with started(*command) as process:
+    Path("link").symlink_to(tmp_path)
+    command = ["batch", "in.txt", "-o", name, "--journal"]
+    with started(*command, "one.sqlite") as process:
+        asyncio.run(place.until(requests=1))
+        said = refused(capsys, place, "in.txt", "-o", f"link/{name}", "--journal", "two.sqlite", "--overwrite")
+        assert said == (
+            f"The output {str(tmp_path / name)!r} is in use by another process (pid {process.pid}): "
+            "only one run at a time may write to it."
+        )
+        process.kill()
+        process.wait()
+    assert main([*command, "two.sqlite", "--overwrite"]) == 0
+    assert _ids(name) == {"0"}
+    assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize("what", ["appended", "emptied", "replaced", "removed"])
+def test_an_output_that_something_else_has_changed(
+    what: str, provided: Provided, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Nothing is written into what is not the run's own any more: it ends, and the answers are where it says."""
+    provided()
+    Path("in.txt").write_text("1\n2\n3\n")
+    shape = batch_output.as_row
+
+    def meanwhile(item: Item) -> dict[str, Any]:
+        if item.id == "1":
+            if what == "appended":
+                with open("out.jsonl", "a") as file:
+                    file.write("mine\n")
+            elif what == "removed":
+                Path("out.jsonl").unlink()
+            else:
+                Path("mine").write_text("")
+                Path("mine").replace("out.jsonl") if what == "replaced" else os.truncate("out.jsonl", 0)
+        return shape(item)
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(batch_output, "as_row", meanwhile)
+    assert main(["batch", "in.txt", "-o", "out.jsonl", "--no-journal", "--concurrency", "1"]) == 3
+    why = {
+        "replaced": "another file was put there meanwhile",
+        "removed": "it was removed meanwhile",
+    }.get(what, "something else has written to it meanwhile")
+    (rescued,) = tmp_path.glob("asyncmodels-*.jsonl")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"asyncmodels batch: out.jsonl cannot be written: {why}. The answers that it could not take are in {rescued}."
+    )
+    assert {"1"} <= set(contents(rescued)) <= {"1", "2"}
+    if what == "appended":
+        assert Path("out.jsonl").read_bytes().endswith(b"}\nmine\n")
+    elif what == "removed":
+        assert not Path("out.jsonl").exists()
+    else:
+        assert Path("out.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("other", ["file", None])
+def test_an_output_that_is_somebody_else_s(other: str | None, provided: Provided, started: Started) -> None:
+    """A run that has written nothing takes its output away again, unless another file is in its place."""
+    place = provided(Answer(fault="hang"), Answer(echo=True))
+    Path("in.txt").write_text("1\n")
+    with started("batch", "in.txt", "-o", "out.jsonl", "--no-journal") as process:
         asyncio.run(place.until(requests=1))
         assert Path("out.jsonl").read_bytes() == b""
-        if other == "run":
-            assert main([*command, "--overwrite"]) == 0
-        elif other == "file":
+        if other == "file":
             Path("mine").touch()
             Path("mine").replace("out.jsonl")
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
     assert Path("out.jsonl").exists() == (other is not None)
-    if other == "run":
-        assert Path("out.jsonl").read_bytes().count(b"\n") == 1
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -351,12 +420,6 @@ def test_an_empty_input(
 
 
 # -- resumed, and ended early -----------------------------------------------------------------------------------------
-
-
-def _ids(path: str) -> set[str]:
-    if path.endswith(".parquet"):
-        return {str(id) for id in parquet.read_table(path).column("id").to_pylist()}
-    return set(contents(path))
 
 
 @pytest.mark.parametrize("ordered", [[], ["--ordered"]])
