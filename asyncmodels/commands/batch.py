@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
 
 from asyncmodels.commands.loading import add_limits, add_model_options, concurrency, whole
 from asyncmodels.commands.terminal import Commands, UsageError, one_line, quiet_logs
@@ -33,6 +37,7 @@ exit codes:
   3    the run ended before its end: a full disk, --max-errors, --bad-lines stop, or the same refusal for all
   130  interrupted by Ctrl-C; what was answered is kept
   141  whoever read the output has closed it
+  143  ended by SIGTERM, as by Ctrl-C
 """
 
 
@@ -161,9 +166,11 @@ def _batch(options: argparse.Namespace) -> int:
     try:
         made = Prepared(options)
         try:
-            return asyncio.run(made.go())
+            return asyncio.run(_terminable(made.go()))
         finally:
             made.close()
+    except asyncio.CancelledError:
+        return 143
     except StoppedError as error:
         print(f"asyncmodels batch: {error}", file=sys.stderr)
         return 3
@@ -173,3 +180,13 @@ def _batch(options: argparse.Namespace) -> int:
     except AsyncModelsError as error:  # of the model, which could not be made
         print(f"asyncmodels batch: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+async def _terminable(work: Coroutine[Any, Any, int]) -> int:
+    """``work``, which SIGTERM cancels: so end schedulers and containers what runs in them."""
+    import asyncio
+
+    task = asyncio.ensure_future(work)
+    with suppress(NotImplementedError, ValueError, RuntimeError):  # Windows, or a thread that is not the main one
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task

@@ -22,7 +22,6 @@ class Claim:
     """Holds the output at ``path`` until it is released. Raises UsageError where it may not be, or another run does."""
 
     def __init__(self, path: Path, existing: Existing) -> None:
-        _check_place(path, existing)
         self._lock: JournalLock | None = None
         real = Path(os.path.realpath(path))
         try:
@@ -30,6 +29,11 @@ class Claim:
                 self._lock = JournalLock(real, what="output", at=real.with_name(f".{real.name}.lock"))
         except JournalError as error:
             raise UsageError(str(error)) from error
+        try:
+            _check_place(path, existing)
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Releasing twice is allowed."""

@@ -136,7 +136,7 @@ class _Lines(Output):
 
     def open(self) -> None:
         self._claim = Claim(self._path, self._existing)
-        if self._path.exists():
+        if self._existing != "refuse" and self._path.exists():
             return
         try:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)

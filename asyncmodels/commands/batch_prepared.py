@@ -14,6 +14,7 @@ from asyncmodels.batch.file_journal import FileJournal
 from asyncmodels.batch.item import Item
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.commands import batch_output
+from asyncmodels.commands.batch_claim import Existing
 from asyncmodels.commands.batch_feed import CountedFeed, Feed, FileFeed, PipeFeed
 from asyncmodels.commands.batch_journal import OldJournal, journal_at, remove_empty
 from asyncmodels.commands.batch_output import Output
@@ -277,7 +278,7 @@ def _output(
         if format not in ("jsonl", "openai"):
             raise UsageError(f"{format} needs a file: -o FILE.")
         return batch_output.StandardOutput(), shape
-    existing: batch_output.Existing = "resume" if options.resume else "overwrite" if options.overwrite else "refuse"
+    existing: Existing = "resume" if options.resume else "overwrite" if options.overwrite else "refuse"
     if format == "parquet":
         if options.no_journal:
             raise UsageError("a Parquet file can be read only when it is whole, so that it needs a journal.")

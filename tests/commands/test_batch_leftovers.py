@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -417,6 +418,26 @@ def test_an_empty_input(
     assert main(["batch", name, "-q"]) == 0
     assert capsys.readouterr() == ("", "")
     assert asked(place) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends a process without asking it")
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl"])
+def test_a_run_that_is_terminated(name: str, provided: Provided, started: Started, tmp_path: Path) -> None:
+    """SIGTERM ends it as Ctrl-C does: what was answered is in the output, a Parquet file is whole, no lock is left."""
+    place = provided(*[Answer(echo=True)] * 5, Answer(fault="hang"), Answer(echo=True))
+    Path("in.txt").write_text("".join(f"{n}\n" for n in range(7)))
+    command = ["batch", "in.txt", "-o", name, "--concurrency", "1"]
+    with started(*command) as process:
+        asyncio.run(place.until(requests=6))
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate()
+    assert process.returncode == 143
+    assert "Interrupted. The same command with --resume goes on" in said
+    assert "Traceback" not in said
+    assert _ids(name) == {"0", "1", "2", "3", "4"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", name, f"{name}.sqlite"]
+    assert main([*command, "--resume"]) == 0
+    assert len(asked(place)) == 8
 
 
 # -- resumed, and ended early -----------------------------------------------------------------------------------------
