@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from asyncmodels.commands.batch_output import Output, as_json
+from asyncmodels.commands.batch_json import as_json
+from asyncmodels.commands.batch_output import Output
 
 __all__ = ["Keeper", "reason"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import io
-import json
 import os
 import sys
 from abc import ABC, abstractmethod
@@ -17,6 +16,7 @@ from typing import Any, TypeAlias
 from asyncmodels.batch.item import Item
 from asyncmodels.batch.record import sound
 from asyncmodels.commands.batch_claim import Claim, Existing, check_own
+from asyncmodels.commands.batch_json import as_json, json_text
 from asyncmodels.commands.batch_partial import aside_of, left_aside, partial_of, remove_stale
 from asyncmodels.commands.terminal import UsageError
 from asyncmodels.errors import MissingExtraError
@@ -237,13 +237,6 @@ def csv_output(path: Path, existing: Existing, names: Sequence[str], delimiter: 
     return _Lines(path, lambda row: line([_plain(row.get(name)) for name in names]), existing, line(names))
 
 
-def as_json(row: Row) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8") + b"\n"
-    except UnicodeEncodeError:  # half of a character, which only an escape can hold
-        return json.dumps(row, default=str).encode("ascii") + b"\n"
-
-
 class StandardOutput(Output):
     """JSON lines on standard output."""
 
@@ -380,7 +373,7 @@ def _plain(value: Any) -> Any:
     """As it is written into a cell."""
     if value is None or isinstance(value, str | int | float):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json_text(value)
 
 
 def _typed(value: Any, kind: type) -> Any:

@@ -22,6 +22,7 @@ from pyarrow import parquet
 
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.cli import main
+from asyncmodels.commands.batch_json import as_json, json_text
 from tests.commands.conftest import Provided, Started
 from tests.server.handle import Place
 from tests.server.script import Answer
@@ -467,3 +468,12 @@ def test_a_file_that_cannot_be_made(
     assert main(["batch", "in.txt", "-o", "out.jsonl"]) == 2
     assert capsys.readouterr().err == "asyncmodels batch: out.jsonl cannot be written: Read-only file system.\n"
     assert place.seen().requests == []
+
+
+def test_numbers_for_which_json_has_no_word() -> None:
+    """What is no number is null, in lines and in cells: NaN and Infinity are refused by most who read JSON."""
+    row = {"id": "a", "logprobs": [["a", float("-inf"), (("b", float("nan")), ("c", -0.5))]], "more": {"x": "\ud800"}}
+    (line,) = as_json(row).splitlines()
+    told = json.loads(line, parse_constant=pytest.fail)
+    assert told == {"id": "a", "logprobs": [["a", None, [["b", None], ["c", -0.5]]]], "more": {"x": "\ud800"}}
+    assert json_text([float("inf"), 1.5, "é"]) == '[null, 1.5, "é"]'
