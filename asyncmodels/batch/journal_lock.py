@@ -30,8 +30,9 @@ class JournalLock:
 
     def __init__(self, path: Path, *, what: str = "journal", at: Path | None = None) -> None:
         self._held_name = f"The {what} {str(path)!r}"
-        self._path = path.with_name(f"{path.name}-lock") if at is None else at
-        self._name = str(path.resolve())
+        real = path.resolve()  # one file has one lock, by whatever link it is named
+        self._path = real.with_name(f"{real.name}-lock") if at is None else at
+        self._name = str(real)
         refuse_inherited(path)
         with _guard:
             if self._name in _held:

@@ -328,3 +328,16 @@ def test_no_such_place(path: Path, tmp_path: Path) -> None:
         model.sync.map(["x"], journal=folder).results()
     with pytest.raises(JournalError, match="cannot be read: No such file"):
         read_journal(tmp_path / f"none{path.suffix}")
+
+
+def test_a_journal_by_two_names(path: Path) -> None:
+    """A link to a journal is the same journal, which one process at a time writes to."""
+    link = path.with_name(f"link{path.suffix}")
+    link.symlink_to(path.name)
+    lock = JournalLock(link)
+    assert path.with_name(f"{path.name}-lock").exists()
+    assert not link.with_name(f"{link.name}-lock").exists()
+    with pytest.raises(JournalError, match="in use"):
+        JournalLock(path)
+    lock.release()
+    assert not path.with_name(f"{path.name}-lock").exists()
