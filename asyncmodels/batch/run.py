@@ -27,7 +27,7 @@ from asyncmodels.batch.order import WINDOW, Entries, Schedule, groups, limited, 
 from asyncmodels.batch.progress import ProgressChoice, chosen
 from asyncmodels.batch.tally import RunStatistics, Tally
 from asyncmodels.batch.watch import Watch
-from asyncmodels.errors import ConfigurationError, MissingExtraError, RunStoppedError
+from asyncmodels.errors import ConfigurationError, InvalidResponseError, MissingExtraError, RunStoppedError
 from asyncmodels.identity import identities
 from asyncmodels.origin import origin_of
 from asyncmodels.types import Request, Response
@@ -323,8 +323,16 @@ class Run(AsyncIterable[Item]):
             return Item(index=entry.index, id=entry.id, request=None, error=entry.error, began=time.time())
         began, started = time.time(), time.perf_counter()
         self._tally.in_flight += 1
+        answer: Response | Exception
         try:
             answer = await self._answer_to(entry.request)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Nobody has cancelled it: what it waited for was, and whoever did that has left it to the item.
+            answer = InvalidResponseError(f"{type(self.model.backend).__name__} cancelled what it was asked by itself.")
+            answer.__cause__ = error
         finally:
             self._tally.in_flight -= 1
         return Item(

@@ -13,7 +13,7 @@ from asyncmodels.batch.file_journal import JSONLJournal
 from asyncmodels.batch.item import Item
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.batch.run import Run
-from asyncmodels.errors import RunStoppedError, ServerError
+from asyncmodels.errors import InvalidResponseError, RunStoppedError, ServerError
 from asyncmodels.model import Model
 from asyncmodels.testing import ScriptedBackend
 from asyncmodels.types import Request
@@ -93,3 +93,46 @@ async def test_what_is_being_written_down_when_a_run_of_batches_is_cancelled(ord
             run.cancel()
             journal.gate.set()
             assert sorted(item.id for item in await reading) == ids(journal.path) != []
+
+
+async def test_a_backend_that_cancels_itself() -> None:
+    """Its item has an error, and is not lost; the others are asked."""
+
+    async def answer(request: Request) -> str:
+        if request.messages[-1].text == "bad":
+            raise asyncio.CancelledError
+        return "good"
+
+    run = Model(ScriptedBackend(answer, repeat=True)).map(["bad", "x", "bad"], concurrency=1)
+    first, second, third = await run.results()
+    for item in (first, third):
+        with pytest.raises(InvalidResponseError, match="ScriptedBackend cancelled what it was asked by itself"):
+            item.unwrap()
+    assert second.unwrap().content == "good"
+    assert run.statistics().in_flight == 0
+
+
+async def test_all_known_items_of_a_run_that_is_cancelled(tmp_path: Path) -> None:
+    """They come out though the run is cancelled, nothing else is asked, and cancelled once more it ends."""
+    path = tmp_path / "run.jsonl"
+    inputs = [{"id": str(n), "prompt": str(n)} for n in range(600)]
+    backend = ScriptedBackend(echo, repeat=True)
+    model = Model(backend)
+    await model.map(inputs[1:300] + inputs[301:], journal=path).results()
+    asked = len(backend.requests)
+    inputs[0] = {"id": "0", "prompt": "hang"}
+    for ordered, twice in (False, False), (True, False), (False, True):
+        run = model.map(inputs, journal=path, ordered=ordered, concurrency=3)
+        run.all_known = True
+        reading = asyncio.create_task(run.results())
+        while not run.statistics().in_flight:  # noqa: ASYNC110  # as many steps as it takes
+            await asyncio.sleep(0)
+        run.cancel()
+        if twice:
+            run.cancel()
+        seen = {item.id for item in await reading}
+        if twice:
+            assert len(seen) < 598
+        else:
+            assert seen == {str(n) for n in range(600)} - {"0", "300"}
+    assert {request.messages[-1].text for request in backend.requests[asked:]} == {"hang"}
