@@ -51,7 +51,7 @@ class RunSettings:
     in the order of the input instead of as they complete. ``limit`` ends the input early, ``shuffle`` is a seed for a
     random order. ``schedule`` is the order in which inputs are asked; None takes what is best for the model.
     ``on_error="raise"`` ends the run with the first item that fails; ``max_errors`` ends it with a RunStoppedError when
-    more have failed.
+    more have failed, after what was answered until then.
     """
 
     concurrency: int = 1000

@@ -379,4 +379,8 @@ def _plain(value: Any) -> Any:
 def _typed(value: Any, kind: type) -> Any:
     if value is None:
         return None
-    return sound(str(_plain(value))) if kind is str else value
+    if kind is str:
+        return sound(str(_plain(value)))
+    # What somebody's own error or backend calls a status, or a count, may be anything: its row is written even so.
+    fits = isinstance(value, bool if kind is bool else int if kind is int else int | float)
+    return value if fits and (kind is not int or -(2**63) <= value < 2**63) else None

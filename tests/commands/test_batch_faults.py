@@ -20,9 +20,13 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from asyncmodels.batch.item import Item
 from asyncmodels.batch.reading import read_journal
 from asyncmodels.cli import main
 from asyncmodels.commands.batch_json import as_json, json_text
+from asyncmodels.commands.batch_output import COLUMNS, as_row, parquet_output
+from asyncmodels.errors import ServerError
+from asyncmodels.types import Request
 from tests.commands.conftest import Provided, Started
 from tests.server.handle import Place
 from tests.server.script import Answer
@@ -477,3 +481,16 @@ def test_numbers_for_which_json_has_no_word() -> None:
     told = json.loads(line, parse_constant=pytest.fail)
     assert told == {"id": "a", "logprobs": [["a", None, [["b", None], ["c", -0.5]]]], "more": {"x": "\ud800"}}
     assert json_text([float("inf"), 1.5, "é"]) == '[null, 1.5, "é"]'
+
+
+def test_a_table_of_errors_that_are_somebody_else_s(tmp_path: Path) -> None:
+    """What does not fit into a column is left out, and the row is there."""
+    output = parquet_output(tmp_path / "out.parquet", "refuse", COLUMNS)
+    output.open()
+    for id, status in ("a", "429 Slow down"), ("b", 2**70), ("c", 429):
+        error = ServerError("no")
+        error.status = status  # type: ignore[assignment]  # that is the point
+        output.write(as_row(Item(index=0, id=id, request=Request(messages=()), error=error)))
+    output.close(whole=True)
+    table = parquet.read_table(tmp_path / "out.parquet").to_pydict()
+    assert dict(zip(table["id"], table["error_status"], strict=True)) == {"a": None, "b": None, "c": 429}
