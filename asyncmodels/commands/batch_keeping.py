@@ -48,9 +48,10 @@ class Keeper:
             with suppress(OSError):  # the next row, or closing, meets it again
                 self._output.sync()
 
-    def close(self, *, whole: bool) -> None:
+    def close(self, *, whole: bool, undo: bool = False) -> None:
+        """As of an ``Output``, but that no OSError comes out: it is ``trouble``."""
         try:
-            self._output.close(whole=whole and self.trouble is None)
+            self._output.close(whole=whole and self.trouble is None, undo=undo)
         except OSError as error:
             if self.trouble is None:
                 self._fail(error)

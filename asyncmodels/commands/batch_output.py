@@ -111,8 +111,9 @@ class Output(ABC):
         """Returns once what was written is on the disk. Blocks; may be called in any thread."""
 
     @abstractmethod
-    def close(self, *, whole: bool) -> None:
-        """``whole`` says that all of the input is in it. Raises OSError. Closing twice is allowed."""
+    def close(self, *, whole: bool, undo: bool = False) -> None:
+        """``whole`` says that all of the input is in it; with ``undo`` what a resumed run began from is there
+        again. Raises OSError. Closing twice is allowed."""
 
 
 # -- lines ------------------------------------------------------------------------------------------------------------
@@ -132,6 +133,7 @@ class _Lines(Output):
         self._file = -1
         self._made = False
         self._before: list[Path] = []
+        self._aside: Path | None = None
         self._claim: Claim | None = None
 
     def open(self) -> None:
@@ -157,9 +159,12 @@ class _Lines(Output):
         if self._file >= 0:
             os.fsync(self._file)
 
-    def close(self, *, whole: bool) -> None:
+    def close(self, *, whole: bool, undo: bool = False) -> None:
         try:
             self._close(whole)
+            if undo and self._aside is not None:
+                self._aside.replace(self._path)
+                self._aside = None
         finally:
             if self._claim is not None:
                 self._claim.release()
@@ -211,16 +216,17 @@ class _Lines(Output):
         journal could not take any more.
         """
         self._before = left_aside(self._path)
-        aside = None
         if self._existing == "resume" and self._path.exists():
             aside = aside_of(self._path)
             self._path.rename(aside)
+            self._aside = aside
             self._before.append(aside)
         try:
             return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
         except OSError:
-            if aside is not None:
-                aside.rename(self._path)
+            if self._aside is not None:
+                self._aside.rename(self._path)
+                self._aside = None
             raise
 
 
@@ -258,7 +264,7 @@ class StandardOutput(Output):
     def sync(self) -> None:
         """It is whoever reads who keeps it."""
 
-    def close(self, *, whole: bool) -> None:
+    def close(self, *, whole: bool, undo: bool = False) -> None:
         """It stays open."""
 
 
@@ -313,7 +319,7 @@ class _Parquet(Output):
     def sync(self) -> None:
         """It is a file only when it is closed."""
 
-    def close(self, *, whole: bool) -> None:
+    def close(self, *, whole: bool, undo: bool = False) -> None:
         file, self._file = self._file, None
         if file is None:
             return
@@ -322,7 +328,7 @@ class _Parquet(Output):
                 file.write(self.pending)
                 self._count += len(self.pending)
             file.close()
-            if self._count or whole:
+            if (self._count or whole) and not (undo and self._existing == "resume"):
                 self._publish(whole)
                 self.pending.clear()
         finally:

@@ -127,7 +127,8 @@ class _Reader:
         nothing = error is not None and now.done == 0
         why = self._ended_by if error is None else one_line(error)
         whole = why is None and not interrupted and not batch.feed.stopped
-        self._keeper.close(whole=whole)
+        # Where a run that was to go on is refused, with nothing new in it, there is less in the output than before.
+        self._keeper.close(whole=whole, undo=error is not None and now.done == now.reused)
         if nothing:
             raise UsageError(why)
         trouble = self._keeper.trouble

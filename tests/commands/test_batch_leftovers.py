@@ -494,3 +494,24 @@ def test_a_parquet_file_of_a_pipe_that_is_resumed_and_interrupted(provided: Prov
         assert process.wait() == 130
     assert _ids("out.parquet") == {"0"}
     assert _ids(".before.1.out.parquet") == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.jsonl", "out.csv"])
+def test_a_resumed_run_that_is_refused_on_its_way(
+    name: str, place: Place, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where a row is another one now, behind many that are not, the output is as it was, and nothing lies beside it."""
+    prompts = [str(n) for n in range(300)]
+    Path("in.txt").write_text("\n".join(prompts))
+    command = ["batch", "in.txt", "-o", name, "--concurrency", "9"]
+    assert main(command) == 0
+    before = Path(name).read_bytes()
+    Path("in.txt").write_text("\n".join([*prompts[:299], "another"]))
+    capsys.readouterr()
+    assert main([*command, "--resume"]) == 3
+    assert "Item '299' of the journal" in capsys.readouterr().err
+    assert Path(name).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", name, f"{name}.sqlite"]
+    assert main([*command, "--resume", "--ask-changed"]) == 0
+    assert Path(name).read_bytes() != before
+    assert len(asked(place)) == 301
