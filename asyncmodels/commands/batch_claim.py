@@ -26,7 +26,7 @@ class Claim:
         real = Path(os.path.realpath(path))
         try:
             with suppress(OSError):  # a folder in which no file can be made: what is written is checked even so
-                self._lock = JournalLock(real, what="output", at=real.with_name(f".{real.name}.lock"))
+                self._lock = JournalLock(path, what="output", at=real.with_name(f".{real.name}.lock"))
         except JournalError as error:
             raise UsageError(str(error)) from error
         try:

@@ -254,20 +254,23 @@ def test_a_kill(provided: Provided, started: Started) -> None:
 
 
 def test_two_at_once(provided: Provided, started: Started, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second of two that write to one journal is refused, says who has it, and touches nothing."""
+    """The second of two that write to one journal, or output, is refused, says who has it, and touches nothing."""
     place = provided(ECHO, HANG, ECHO)
     prompts(3)
     command = ["batch", "in.txt", "-o", "out.jsonl", "--concurrency", "1"]
     with started(*command) as process:
         asyncio.run(place.until(requests=2))
         for how in (["--resume"], ["--overwrite"], ["--resume", "--ask-changed", "--temperature", "1"]):
-            assert main([*command, *how]) == 2
-            said = capsys.readouterr().err
-            assert f"The journal 'out.jsonl.sqlite' is in use by another process (pid {process.pid})" in said
+            other = ["batch", "in.txt", "-o", "other.jsonl", "--journal", "out.jsonl.sqlite"]
+            for what, second in ("output 'out.jsonl'", command), ("journal 'out.jsonl.sqlite'", other):
+                assert main([*second, *how]) == 2
+                said = capsys.readouterr().err
+                assert f"The {what} is in use by another process (pid {process.pid})" in said
         process.kill()
         process.wait()
     assert len(place.seen().requests) == 2
     assert len(answers("out.jsonl")) == 1
+    assert not Path("other.jsonl").exists()
 
 
 # -- journals ---------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_two_runs_onto_one_output(
         asyncio.run(place.until(requests=1))
         said = refused(capsys, place, "in.txt", "-o", f"link/{name}", "--journal", "two.sqlite", "--overwrite")
         assert said == (
-            f"The output {str(tmp_path / name)!r} is in use by another process (pid {process.pid}): "
+            f"The output 'link/{name}' is in use by another process (pid {process.pid}): "
             "only one run at a time may write to it."
         )
         process.kill()
