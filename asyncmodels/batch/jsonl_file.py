@@ -279,9 +279,9 @@ def as_sample(value: Mapping[str, Any]) -> Sample | None:
 def is_jsonl(path: Path) -> bool:
     """Of the two formats, by what is in the file, or else by its name."""
     with suppress(OSError), open(path, "rb") as file:
-        begin = file.read(16)
-        if begin.startswith((b"{", b"SQLite format")):
-            return begin.startswith(b"{")
+        begin = file.read(len(_HEAD))
+        if begin == _HEAD or begin.startswith(b"SQLite format"):
+            return begin == _HEAD
     return path.suffix.lower() in (".jsonl", ".ndjson")
 
 

@@ -77,14 +77,15 @@ async def test_a_journal_cut_in_the_middle_of_a_page(tmp_path: Path) -> None:
     assert len(records(mended)) == COUNT
 
 
-@pytest.mark.parametrize("page", [0, 1, 2, 5, 30])
-async def test_noise_in_a_page(tmp_path: Path, page: int) -> None:
-    """Whichever page it is, no wrong answer comes out, and what the other pages hold can be saved."""
+@pytest.mark.parametrize(("page", "begin"), [(0, b""), (0, b"{"), (1, b""), (2, b""), (5, b""), (30, b"")])
+async def test_noise_in_a_page(tmp_path: Path, page: int, begin: bytes) -> None:
+    """Whichever page it is, no wrong answer comes out, and what the other pages hold can be saved, also where the noise
+    begins as the other format does."""
     path, mended = tmp_path / "run.sqlite", tmp_path / "mended.jsonl"
     await ask(path)
     whole = {id: record.answer for id, record in records(path).items()}
     data = bytearray(path.read_bytes())  # the same
-    data[page * 4096 : page * 4096 + 4096] = os.urandom(4096)
+    data[page * 4096 : page * 4096 + 4096] = begin + os.urandom(4096 - len(begin))
     path.write_bytes(data)  # the same
     with pytest.raises(JournalError, match=r"damaged.*salvage_journal|is no journal, or one that was damaged"):
         await ask(path)
