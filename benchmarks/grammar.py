@@ -3,9 +3,11 @@
     python benchmarks/grammar.py --json results.json
 
 All rows are sampled at temperature 1, each with a seed of its own. The free rows write exactly as many tokens as the
-rows with the schema did, so that both batches are equally full at every moment. They take turns, and the median of the
-rounds' ratios counts. Every answer is checked against the schema. Both ratios are of tokens per second: by the wall
-clock, and by the CPU time of this process, which a noisy machine disturbs less. Then the same for demanded tool calls.
+rows with the schema did, so that both batches are equally full at every moment, and the prompts of a round are in the
+prefix cache before either: without that, those who come second would find the prompts of the first, and save their
+prefill. They take turns, and the median of the rounds' ratios counts. Every answer is checked against the schema. Both
+ratios are of tokens per second: by the wall clock, and by the CPU time of this process, which a noisy machine disturbs
+less. Then the same for demanded tool calls.
 """
 
 from __future__ import annotations
@@ -65,9 +67,27 @@ def with_call(index: int) -> Request:
     return ask(index, tools=(TOOL,), tool_choice="required", max_tokens=LONGEST)
 
 
+def without(request: Request, tokens: int) -> Request:
+    """The same prompt, tools included, with nothing that holds the answer, which has so many tokens."""
+    return Request(
+        messages=request.messages,
+        tools=request.tools,
+        temperature=1.0,
+        seed=request.seed,
+        max_tokens=tokens,
+        extra={"ignore_eos": True},
+    )
+
+
 def written(response: Response) -> int:
     assert response.usage is not None
     return response.usage.output_tokens
+
+
+def prefilled(response: Response) -> int:
+    """How many tokens of the prompt were not in the prefix cache."""
+    assert response.usage is not None
+    return response.usage.input_tokens - (response.usage.cached_tokens or 0)
 
 
 def valid(response: Response) -> bool:
@@ -96,21 +116,12 @@ async def compare(
     for number in range(options.rounds):
         first = number * options.rows
         requests = [held(index) for index in range(first, first + options.rows)]
+        await run(backend, [without(request, 1) for request in requests])
         responses, speed, worked = await run(backend, requests)
-        # The same prompts, tools included, so that the two differ in nothing but what holds the answer.
-        free = [
-            Request(
-                messages=request.messages,
-                tools=request.tools,
-                temperature=1.0,
-                seed=request.seed,
-                max_tokens=written(response),
-                extra={"ignore_eos": True},
-            )
-            for request, response in zip(requests, responses, strict=True)
-        ]
+        free = [without(request, written(response)) for request, response in zip(requests, responses, strict=True)]
         others, free_speed, free_worked = await run(backend, free)
         assert list(map(written, others)) == list(map(written, responses)), "the batches were not equally full"
+        assert list(map(prefilled, others)) == list(map(prefilled, responses)), "one batch had more prefill to do"
         right += sum(map(valid, responses))
         answers += len(responses)
         rounds.append(
