@@ -124,6 +124,54 @@ def test_a_seed_means_the_same_in_any_company(seed: int, size: int, place: int, 
     assert mine.output == alone.output
 
 
+@pytest.mark.parametrize("candidates", [2, 256])
+def test_neighbours_who_are_not_sampled_alike(candidates: int) -> None:
+    """A row at temperature 1 draws the same among its equals as beside greedy rows and those of other temperatures."""
+    logits = torch.randn(60, 3, 300, generator=torch.Generator().manual_seed(2))
+    drawn: list[list[int]] = []
+    for others in ((1.0, 1.0), (0.0, 1.0), (0.7, 1.0), (0.0, 0.7)):
+        mine, sampler = row(temperature=1.0, seed=5), Sampler(candidates=candidates)
+        company = [mine, *(row(temperature=temperature, seed=6) for temperature in others)]
+        for step in logits:
+            for output in sampler.sample(step, company):
+                output.sequence.output.append(output.token)
+        drawn.append(mine.output)
+        for sequence, own in zip(company[1:], logits.unbind(1)[1:], strict=True):
+            assert (sequence.output == own.argmax(-1).tolist()) == sequence.sampling.greedy
+    assert drawn == [drawn[0]] * 4
+    assert len(set(drawn[0])) > 30
+
+
+@pytest.mark.parametrize("candidates", [2, 6, 256])
+@pytest.mark.parametrize("limits", [{}, {"temperature": 2.0}, {"top_k": 5}, {"top_p": 0.8}], ids=str)
+def test_what_is_banned_leaves_the_rest_its_proportions(limits: dict[str, Any], candidates: int) -> None:
+    """What a grammar bans, the best token included, is never drawn; what it allows follows its own distribution."""
+    logits = torch.linspace(0, 3, 40)
+    banned = torch.ones(40, dtype=torch.bool)
+    banned[10:35:2] = False
+    allowed = logits.masked_fill(banned, -torch.inf)
+    scores = TemperatureLogitsWarper(limits.get("temperature", 1.0))(None, allowed[None])
+    if "top_k" in limits:
+        scores = TopKLogitsWarper(limits["top_k"])(None, scores)
+    if "top_p" in limits:
+        scores = TopPLogitsWarper(limits["top_p"])(None, scores)
+    rows = [row(seed=seed, **{"temperature": 1.0, **limits}) for seed in range(10_000)]
+    before = logits.clone()
+    outputs = Sampler(candidates=candidates).sample(logits.expand(10_000, -1), rows, banned.expand(10_000, -1))
+    assert_follows(Counter(output.token for output in outputs), scores[0].softmax(-1))
+    assert torch.equal(logits, before)
+
+
+def test_a_draw_from_a_long_tail() -> None:
+    """Where the candidates hold little of the probability, the tail is drawn from as its logits say."""
+    logits = torch.cat((torch.full((256,), 1.0), torch.linspace(-1, 0.9, 2000)))
+    counts = frequencies(logits, 4_000, temperature=1.0)
+    probabilities = logits.softmax(-1)
+    parts = [slice(0, 256), slice(256, 1000), slice(1000, 1800), slice(1800, 2256)]
+    joined = Counter({number: sum(counts[token] for token in range(2256)[part]) for number, part in enumerate(parts)})
+    assert_follows(joined, torch.stack([probabilities[part].sum() for part in parts]))
+
+
 def test_without_a_seed_every_request_is_different() -> None:
     """Unseeded rows draw independently of each other."""
     assert len(set(tokens(Sampler(), torch.zeros(50, 1000), [row(temperature=1.0) for _ in range(50)]))) > 30
