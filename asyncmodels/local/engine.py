@@ -238,6 +238,7 @@ class Engine:
                         raise
                 else:
                     sequence = self._sequence(request, prepared, ready, arrived)
+                    sequence.pausable = not streaming
                     handle = Handle(sequence.id, partial(worker.cancel, sequence))
                     ends = StopMatcher(()) if prepared.demanded else stops
                     job = Job(sequence, handle, ticket, ends, streaming, prepared.parser)

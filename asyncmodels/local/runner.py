@@ -141,8 +141,9 @@ class RunnerInfo:
     """Whether every row takes as much KV memory as the longest."""
     max_rows: int | None = None
     """How many sequences the runtime can take at once, where that may be fewer than it is asked to."""
-    keeps_work: bool = False
-    """Whether what was computed for a sequence is still there when it is taken out and put in again a little later."""
+    keeps_tokens: int = 0
+    """How many tokens' worth of what was computed for sequences is still there a little later, when they were taken out
+    and are put in again."""
     compile_grammar: Callable[[Grammar], Any] | None = field(default=None, repr=False)
     """Turns a grammar into what ``Sequence.constraint`` holds: called on a thread of the front, before the request is
     queued, for each request anew. Raises InvalidRequestError for a grammar that is wrong or too large. None where the

@@ -34,7 +34,8 @@ class Scheduler:
 
     ``max_rows`` sequences run at once, and their KV memory stays within ``max_tokens`` tokens: a sequence reserves its
     prompt and its ``max_tokens`` when it starts. With ``padded`` every row of the batch takes as much as the longest.
-    ``pausable`` rows keep their work when they are taken out, and make room for agents that ask for little.
+    Rows may be paused, to make room for agents that ask for little, as long as the runtime keeps what was computed for
+    them: ``keeps_tokens`` tokens.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Scheduler:
         max_rows: int,
         max_tokens: int | None = None,
         padded: bool = True,
-        pausable: bool = False,
+        keeps_tokens: int = 0,
         counters: Counters | None = None,
     ) -> None:
         if max_rows < 1:
@@ -51,7 +52,7 @@ class Scheduler:
         self.max_rows = max_rows
         self.max_tokens = max_tokens
         self.padded = padded
-        self.pausable = pausable
+        self.keeps_tokens = keeps_tokens
         self.counters = counters or Counters()
         self.crowding = Crowding()
         self.limit = max_rows
@@ -59,6 +60,8 @@ class Scheduler:
         self._full_steps = 0
         self._queue: FairQueue[Sequence] = FairQueue(self.counters)
         self._running: dict[Sequence, None] = {}
+        self._paused: dict[Sequence, int] = {}
+        """Those who are queued again, and how many tokens are kept for them."""
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._arrivals = 0
         self._now = 0.0
@@ -90,7 +93,7 @@ class Scheduler:
             raise ValueError(f"A sequence of {sequence.reserved} tokens never fits into {self.max_tokens}.")
         sequence.state = State.QUEUED
         self.counters.enter(sequence.agent)
-        self.crowding.enter(sequence, self._now)
+        self.crowding.enter(sequence, max(self._now, sequence.queued_at))
         self._queue.push(sequence)
         if sequence.deadline is not None:
             self._arrivals += 1
@@ -115,15 +118,16 @@ class Scheduler:
         crowding: dict[str | None, int] = {}
         while len(self._running) < self.limit:
             sequence = self._queue.peek(crowding)
-            if sequence is None or not self._fits(sequence):
-                break
-            if sequence.priority < max(crowding.values(), default=sequence.priority):
-                break  # what is kept free of those before it is not for those behind them
-            if self.crowding.excess(sequence.agent, 1, self.limit, now):
+            if sequence is None or sequence.priority < max(crowding.values(), default=sequence.priority):
+                break  # what is kept free for some is not for those of a lower priority
+            if self.crowding.refuses(sequence, self.limit, now):
                 crowding[sequence.agent] = sequence.priority
                 continue
+            if not self._fits(sequence):
+                break
             self._queue.remove(sequence)
             self._running[sequence] = None
+            self._paused.pop(sequence, None)
             self.crowding.started(sequence)
             sequence.state = State.RUNNING
             if sequence.started_at is None:  # else it has paid
@@ -133,18 +137,22 @@ class Scheduler:
         return started
 
     def pause(self, now: float) -> list[Sequence]:
-        """Queues again what an agent has too many of while others want little, where that costs no work.
+        """Queues again what an agent has too many of while others want little, as far as that costs no work.
 
-        Those who started last go first. Returns them; what they have, they keep.
+        Those who started last go first, and go on last. Returns them; what they have, they keep.
         """
-        if not self.pausable:
+        if not self.keeps_tokens:
             return []
         paused: list[Sequence] = []
-        for agent, count in self.crowding.too_many(self.limit, now):
-            rows = [row for row in self._running if row.agent == agent and row.output and not row.scored]
-            paused += rows[-count:]
-        for sequence in paused:
-            self._take_out(sequence)
+        room = self.keeps_tokens - sum(self._paused.values())
+        for (agent, priority), count in self.crowding.too_many(self.limit, now):
+            rows = [row for row in self._running if (row.agent, row.priority) == (agent, priority) and row.pausable]
+            for row in reversed(rows[-count:]):
+                room -= row.length
+                if row.output and room >= 0:
+                    paused.append(row)
+                    self._paused[row] = row.length
+                    self._take_out(row)
         return paused
 
     def token(self, sequence: Sequence, token: int, now: float) -> None:
@@ -171,6 +179,7 @@ class Scheduler:
         elif not self._queue.remove(sequence):
             return False
         sequence.state = State.FINISHED
+        self._paused.pop(sequence, None)
         self.counters.leave(sequence.agent)
         self.crowding.leave(sequence, self._now)
         return True

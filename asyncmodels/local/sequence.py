@@ -109,7 +109,8 @@ def _check(request: Request) -> None:
 
 
 class State(Enum):
-    """Where a sequence is. RUNNING becomes QUEUED again where memory runs out; FINISHED can follow any state."""
+    """Where a sequence is. RUNNING becomes QUEUED again where memory runs out, or for a pause; FINISHED can follow any
+    state."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -140,6 +141,8 @@ class Sequence:
     weight: float = 1.0
     """How much of the engine its agent may have, beside an agent of weight 1."""
     priority: int = 0
+    pausable: bool = True
+    """Whether it may be taken out of the batch for a while: not where somebody reads along."""
     queued_at: float = 0.0
     deadline: float | None = None
     """When nobody waits for it any more."""

@@ -7,8 +7,8 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Generic, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 __all__ = ["OneShot", "Outbox", "fresh", "post_now"]
 
@@ -100,23 +100,50 @@ def post_now(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args
     return True
 
 
-@dataclass(slots=True)
-class _Bundle:
-    calls: list[Call] = field(default_factory=list)
-    ends: deque[Call] = field(default_factory=deque)
+class _Lane:
+    """What one loop is to be told. Only ``calls`` and ``ends`` are touched on the thread that collects."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.ends: list[Call] = []
+        self._waiting: deque[Call] = deque()
+        self._going = False
+
+    def deliver(self, loop: asyncio.AbstractEventLoop, calls: list[Call], ends: list[Call], last: bool) -> None:
+        """Called on the loop."""
+        for call, args in calls:
+            call(*args)
+        self._waiting += ends
+        if last:
+            self._end(len(self._waiting))
+        elif self._waiting and not self._going:
+            self._going = True
+            self._go_on(loop)
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._end(min(_ENDS_PER_TURN, len(self._waiting)))
+        self._going = bool(self._waiting)
+        if self._going:
+            loop.call_soon(self._go_on, loop)
+
+    def _end(self, count: int) -> None:
+        for _ in range(count):
+            call, args = self._waiting.popleft()
+            call(*args)
 
 
 class Outbox:
     """Calls for event loops, collected during a step: ``flush`` wakes each loop once, however many there are."""
 
     def __init__(self) -> None:
-        self._bundles: dict[asyncio.AbstractEventLoop, _Bundle] = {}
+        self._lanes: WeakKeyDictionary[asyncio.AbstractEventLoop, _Lane] = WeakKeyDictionary()
+        self._used: dict[asyncio.AbstractEventLoop, _Lane] = {}
 
     def post(self, loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> bool:
         """Adds a call for ``loop``; False when the loop is closed."""
         if loop.is_closed():
             return False
-        self._bundle(loop).calls.append((call, args))
+        self._lane(loop).calls.append((call, args))
         return True
 
     def post_end(self, loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args: Any) -> None:
@@ -126,27 +153,20 @@ class Outbox:
         them do that in one turn of the loop, in which nothing else moves: it is a few in each turn instead.
         """
         if not loop.is_closed():
-            self._bundle(loop).ends.append((call, args))
+            self._lane(loop).ends.append((call, args))
 
-    def flush(self) -> None:
-        if self._bundles:
-            bundles, self._bundles = self._bundles, {}
-            for loop, bundle in bundles.items():
-                post_now(loop, _deliver, loop, bundle)
+    def flush(self, *, last: bool = False) -> None:
+        """Has all loops make their calls; with ``last`` also those at once that were to come in later turns."""
+        used, self._used = self._used, {}
+        if last:
+            used = dict(self._lanes)
+        for loop, lane in used.items():
+            calls, lane.calls = lane.calls, []
+            ends, lane.ends = lane.ends, []
+            post_now(loop, lane.deliver, loop, calls, ends, last)
 
-    def _bundle(self, loop: asyncio.AbstractEventLoop) -> _Bundle:
-        return self._bundles.setdefault(loop, _Bundle())
-
-
-def _deliver(loop: asyncio.AbstractEventLoop, bundle: _Bundle) -> None:
-    for call, args in bundle.calls:
-        call(*args)
-    _end(loop, bundle.ends)
-
-
-def _end(loop: asyncio.AbstractEventLoop, ends: deque[Call]) -> None:
-    for _ in range(min(_ENDS_PER_TURN, len(ends))):
-        call, args = ends.popleft()
-        call(*args)
-    if ends:
-        loop.call_soon(_end, loop, ends)
+    def _lane(self, loop: asyncio.AbstractEventLoop) -> _Lane:
+        lane = self._used.get(loop)
+        if lane is None:
+            lane = self._used[loop] = self._lanes.setdefault(loop, _Lane())
+        return lane

@@ -149,7 +149,7 @@ class TransformersRunner(Runner):
             sampling=_sampling_defaults(model.generation_config),
             max_tokens=max(1, int((free - capacity * token_bytes) * _MEMORY_SHARE / token_bytes)),
             padded=True,
-            keeps_work=self._prefixes is not None,
+            keeps_tokens=0 if any(self._windows) else capacity,
             compile_grammar=compiler.compile,
             images=weights.sight.reader,
             blind=weights.sight.blind,

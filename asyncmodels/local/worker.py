@@ -199,7 +199,10 @@ class Worker:
         max_tokens = info.max_tokens if settings.max_tokens is None else settings.max_tokens
         max_rows = settings.max_rows if info.max_rows is None else min(settings.max_rows, info.max_rows)
         scheduler = Scheduler(
-            max_rows=max_rows, max_tokens=max_tokens, padded=info.padded, pausable=runner.resumes and info.keeps_work
+            max_rows=max_rows,
+            max_tokens=max_tokens,
+            padded=info.padded,
+            keeps_tokens=info.keeps_tokens if runner.resumes else 0,
         )
         encoder = PromptEncoder(
             info.tokenizer,
@@ -246,7 +249,7 @@ class Worker:
         elif not runner.waits:
             return
         self._jobs.outbox.flush()  # a step may wait
-        plain = not runner.waits and all(row.output for row in scheduler.rows())
+        plain = not runner.waits and not started and all(row.output for row in scheduler.rows())
         began = self.settings.clock.time()
         try:
             outputs = runner.step()
@@ -372,14 +375,13 @@ class Worker:
             raise cause
         self._jobs.fail_all(lambda: dead_error(cause))
         pause = restart_pause(self.tally.restarts_in_a_row)
-        if pause:
-            self._jobs.outbox.flush()
-            self._closing.wait(pause)
-        # Else they hear of it after the reset: whoever then comes again at once must find a runner that works, or a
-        # thread that does not listen any more.
         self.tally.restarts += 1
         self.tally.restarts_in_a_row += 1
+        # They hear of it after the reset: whoever then comes again must find a runner that works, or a thread that does
+        # not listen any more.
         runner.reset()
+        self._jobs.outbox.flush()
+        self._closing.wait(pause)
 
     def _put_back(self, starved: Mapping[Sequence, Exception], runner: Runner, scheduler: Scheduler) -> None:
         """Queues rows again for which there was no memory, with fewer rows from now on. Who has had enough fails."""
@@ -405,7 +407,7 @@ class Worker:
             ready.encoder.close()
         # At once: the runtime may take a while to go away. Only those who come again until then wait for that.
         self._jobs.fail_all(lambda: closed_error() if reason is None else dead_error(reason))
-        self._jobs.outbox.flush()
+        self._jobs.outbox.flush(last=True)
         if runner is not None:
             try:
                 with self._turns:

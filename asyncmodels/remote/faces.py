@@ -41,10 +41,10 @@ class LoopFace(ABC):
         ...
 
     async def aclose(self) -> None:
-        """Closes it, on its own loop."""
+        """Closes it, on its own loop. Who is cancelled while waiting leaves the others who wait alone."""
         closing = self._close()
         if closing is not None:
-            await closing
+            await asyncio.shield(closing)
 
     def close_soon(self) -> concurrent.futures.Future[None]:
         """Has its loop close it as soon as it runs, from any thread. The result comes when that is done."""
@@ -78,9 +78,16 @@ class LoopFace(ABC):
     async def _shut_and_end(self) -> None:
         try:
             await self.shut()
-        finally:
-            with suppress(RuntimeError):  # the loop is ending it, and waits for this
-                await self._end.aclose()
+        except asyncio.CancelledError:
+            raise  # by the loop, which is ending, and will end the rest
+        except Exception:
+            await self._over()
+            raise
+        await self._over()
+
+    async def _over(self) -> None:
+        with suppress(RuntimeError):  # the loop is ending it, and waits for this
+            await self._end.aclose()
 
     async def _until_the_loop_ends(self) -> AsyncGenerator[None]:
         try:
@@ -93,7 +100,8 @@ class LoopFace(ABC):
                 await self.shut()
             elif closing is not asyncio.current_task():
                 await asyncio.wait([closing])
-                await self.shut()  # it may have been cancelled
+                if closing.cancelled():
+                    await self.shut()
 
 
 F = TypeVar("F", bound=LoopFace)

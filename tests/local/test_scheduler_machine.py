@@ -26,7 +26,7 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = Scheduler(max_rows=ROWS, max_tokens=MEMORY, padded=True, pausable=True)
+        self.scheduler = Scheduler(max_rows=ROWS, max_tokens=MEMORY, padded=True, keeps_tokens=60)
         self.here: list[Sequence] = []
         self.now = 0.0
         self.numbers = itertools.count()
@@ -96,6 +96,7 @@ class Life(RuleBasedStateMachine):
             assert left[sequence.agent] >= 2
         if paused:
             assert len({item.agent for item in self.here}) > 1
+        assert sum(item.length for item in self.scheduler._paused) <= 60
 
     @rule(share=st.integers(0, ROWS))
     def run_out_of_memory(self, share: int) -> None:
