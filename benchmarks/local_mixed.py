@@ -14,8 +14,14 @@ Then every call of the model that the engine made is made once more, bare: the s
 that is already there, and the best token of each row. What share of the engine's time that is, is how close the engine
 is to the ideal at its occupancy. Speeds are generated tokens by seconds from the first request to the last answer.
 
-Then all agents ask at once behind a common new system prompt, with the prefix cache and without it. All ways take
-turns, and medians are compared.
+Where all of that takes too long for one run, ``--sides`` measures some of the ways, and ``--with`` adds what earlier
+runs wrote of the others:
+
+    python benchmarks/local_mixed.py mixed --sides engine static --rounds 1 --json some.json
+    python benchmarks/local_mixed.py mixed --sides manager smolagents --rounds 1 --with some.json
+
+In the other part all agents ask at once behind a common new system prompt, with the prefix cache and without it. All
+ways take turns, and medians are compared.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ import importlib.util
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,19 +43,21 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
-    Cache,
     ContinuousBatchingConfig,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
 )
-from transformers.cache_utils import CacheLayerMixin
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere, by its path
 
 from asyncmodels.local.smollm import smollm_path
 from asyncmodels.local.transformers import TransformersBackend
 from asyncmodels.local.weights import WeightsSpec, shared_weights
 from asyncmodels.types import Message, Request
+from benchmarks.bare_calls import Recorder, bare  # found by the line above
 
 WORDS = ("tides", "glass", "bread", "maps", "bees", "clocks", "rain", "chess", "salt", "bridges", "owls", "and", "of")
 SHAPES = {
@@ -57,6 +66,15 @@ SHAPES = {
     "7b": (4096, 32, 32, 8, 14336),
 }
 """Random weights: hidden size, layers, heads, heads of keys and values, width of the feed-forward part."""
+
+PARTS = ("mixed", "shared")
+SIDES = {
+    "engine": "engine",
+    "static": "static server",
+    "manager": "ContinuousBatchingManager",
+    "smolagents": "smolagents, one at a time",
+}
+IDEAL = "of the ideal"
 
 
 @dataclass(frozen=True)
@@ -190,98 +208,11 @@ def with_smolagents(model: Any, asks: list[Ask]) -> float:
     return time.perf_counter() - started
 
 
-# -- the ideal --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the model: rows, new columns, columns that were there, and whether there was a mask."""
-
-    rows: int
-    columns: int
-    width: int
-    masked: bool
-
-
-class Recorder:
-    """Notes the calls of a model while it is entered."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.calls: list[Call] = []
-
-    def __enter__(self) -> Recorder:
-        self._handle = self.model.register_forward_pre_hook(self._note, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
-
-    def _note(self, _: Any, args: Any, kwargs: Any) -> None:
-        rows, columns = args[0].shape
-        width = kwargs["past_key_values"].get_seq_length()
-        self.calls.append(Call(rows, columns, width, kwargs.get("attention_mask") is not None))
-
-
-class Filled(CacheLayerMixin):  # type: ignore[misc]  # transformers is not type-checked here
-    """Keys and values that are there already; what comes is written to the end of them."""
-
-    is_compileable = False
-    is_sliding = False
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, call: Call) -> None:
-        super().__init__()
-        self.is_initialized = True
-        self.call = call
-        end = call.width + call.columns
-        self.keys, self.values = keys[: call.rows, :, :end], values[: call.rows, :, :end]
-
-    def lazy_initialization(self, *_: Any) -> None: ...
-
-    def update(self, key_states: Any, value_states: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[:, :, self.call.width :] = key_states
-        self.values[:, :, self.call.width :] = value_states
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.call.width + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.call.width
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-def bare(model: Any, calls: list[Call]) -> float:
-    """Seconds for the same calls, with nothing around them."""
-    config = model.config
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (
-        max(call.rows for call in calls),
-        config.num_key_value_heads,
-        max(call.width + call.columns for call in calls),
-        head,
-    )
-    memory = [torch.zeros((2, *shape), dtype=model.dtype, device=model.device) for _ in range(config.num_hidden_layers)]
-    with torch.inference_mode():
-        started = time.perf_counter()
-        for call in calls:
-            cache = Cache(layers=[Filled(keys, values, call) for keys, values in memory])
-            end = call.width + call.columns
-            kwargs: dict[str, Any] = {}
-            if call.masked:
-                mask = torch.ones((call.rows, end), dtype=torch.long, device=model.device)
-                mask[0, 0] = 0
-                kwargs["attention_mask"] = mask
-            ids = torch.zeros((call.rows, call.columns), dtype=torch.long, device=model.device)
-            positions = torch.arange(call.width, end, device=model.device)[None].expand(call.rows, -1)
-            logits = model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1, **kwargs).logits
-            logits[:, -1].argmax(-1).tolist()
-        return time.perf_counter() - started
-
-
 # -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def weights_spec(path: str, options: argparse.Namespace) -> WeightsSpec:
+    return WeightsSpec(model_id=path, device_map=options.device, torch_dtype=options.dtype)
 
 
 def engine(path: str, options: argparse.Namespace, **settings: Any) -> TransformersBackend:
@@ -295,43 +226,47 @@ def engine(path: str, options: argparse.Namespace, **settings: Any) -> Transform
     )
 
 
-async def measure_mixed(path: str, options: argparse.Namespace, model: Any, prompts: Prompts) -> dict[str, Any]:
-    backend = engine(path, options, prefix_cache_bytes=0)
-    await backend.load()
+async def measure_mixed(path: str, options: argparse.Namespace) -> dict[str, Any]:
+    prompts = Prompts(AutoTokenizer.from_pretrained(path), options.seed)
     asks = prompts.mixed(options.agents, options.longest, options.most, options.over)
     few = asks[: options.singles]
     tokens, few_tokens = sum(ask.tokens for ask in asks), sum(ask.tokens for ask in few)
     warm = [Ask(0.0, "hello", 2)] * 2
-    agent = smolagents_model(path, options)
-    ways: dict[str, tuple[int, Callable[[], float]]] = {
-        "static server": (tokens, lambda: with_static_server(model, asks, prompts)),
-    }
-    if not options.without_manager:
-        ways["ContinuousBatchingManager"] = (tokens, lambda: with_manager(model, asks, prompts))
+    ways: dict[str, tuple[int, Callable[[], float]]] = {}
+    if {"static", "manager"} & set(options.sides):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
+        model = model.to(options.device).eval()
+        # Nothing of the checkpoint's own way of sampling, of which generate would warn.
+        own = model.generation_config
+        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        if "static" in options.sides:
+            ways["static"] = (tokens, lambda: with_static_server(model, asks, prompts))
+            with_static_server(model, warm, prompts)
+        if "manager" in options.sides:
+            ways["manager"] = (tokens, lambda: with_manager(model, asks, prompts))
+    agent = smolagents_model(path, options) if "smolagents" in options.sides else None
     if agent is not None:
-        ways["smolagents, one at a time"] = (few_tokens, lambda: with_smolagents(agent, few))
-    await with_engine(backend, warm)
-    with_static_server(model, warm, prompts)
-    speeds: dict[str, list[float]] = {"engine": [], **{name: [] for name in ways}}
-    ideal: list[float] = []
-    for number in range(options.rounds):
-        with Recorder(model) as recorder:
-            seconds = await with_engine(backend, asks)
-        speeds["engine"].append(tokens / seconds)
-        ideal.append(bare(model, recorder.calls) / seconds)
+        ways["smolagents"] = (few_tokens, lambda: with_smolagents(agent, few))
+    backend = engine(path, options, prefix_cache_bytes=0)
+    rounds: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        rounds.setdefault(name, []).append(value)
+        print(f"{SIDES.get(name, name)}: {value:.2f}", flush=True)
+
+    if "engine" in options.sides:
+        await backend.load()
+        await with_engine(backend, warm)
+    for _ in range(options.rounds):
+        if "engine" in options.sides:
+            with Recorder(shared_weights(weights_spec(path, options)).model) as recorder:
+                seconds = await with_engine(backend, asks)
+            note("engine", tokens / seconds)
+            note(IDEAL, bare(recorder.model, recorder.calls) / seconds)
         for name, (count, way) in ways.items():
-            speeds[name].append(count / way())
-        said = ", ".join(f"{name} {values[-1]:.1f}" for name, values in speeds.items())
-        print(f"round {number + 1}: {said}, of the ideal {ideal[-1]:.2f}")
+            note(name, count / way())
     await backend.aclose()
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    ratios = {name: medians["engine"] / speed for name, speed in medians.items() if name != "engine"}
-    return {
-        "tokens_per_second": medians,
-        "engine_over": ratios,
-        "of_ideal": statistics.median(ideal),
-        "rounds": {**speeds, "of ideal": ideal},
-    }
+    return rounds
 
 
 def smolagents_model(path: str, options: argparse.Namespace) -> Any:
@@ -394,37 +329,47 @@ def model_folder(options: argparse.Namespace, folder: Path) -> str:
 
 async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     path = model_folder(options, folder)
-    prompts = Prompts(AutoTokenizer.from_pretrained(path), options.seed)
+    what = ("agents", "longest", "most", "over", "system", "singles", "seed", "device", "dtype")
     result: dict[str, Any] = {
-        "device": options.device,
-        "dtype": options.dtype,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "model": options.shape or path,
-        "agents": options.agents,
+        "model": options.shape or options.model or "SmolLM2-135M-Instruct",
+        **{name: getattr(options, name) for name in what},
     }
     if "shared" in options.parts:
+        prompts = Prompts(AutoTokenizer.from_pretrained(path), options.seed)
         result["shared"] = await measure_shared(path, options, prompts)
     if "mixed" in options.parts:
-        spec = WeightsSpec(model_id=path, device_map=options.device, torch_dtype=options.dtype)
-        weights = shared_weights(spec)
-        # Nothing of the checkpoint's own way of sampling, of which generate would warn.
-        own = weights.model.generation_config
-        weights.model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
-        result["mixed"] = await measure_mixed(path, options, weights.model, prompts)
+        result["mixed"] = await measure_mixed(path, options)
     gc.collect()
     return result
 
 
+def put_together(result: dict[str, Any], files: list[Path]) -> None:
+    """Adds what earlier runs found of the same requests on the same model."""
+    for file in files:
+        earlier = json.loads(file.read_text())
+        for name, value in result.items():
+            if name not in PARTS and earlier.get(name) != value:
+                raise SystemExit(f"{file} was measured with {name} {earlier.get(name)}, not {value}.")
+        for name, values in earlier.get("mixed", {}).items():
+            mine = result.setdefault("mixed", {})
+            mine[name] = [*mine.get(name, []), *values]
+        if "shared" in earlier:
+            result.setdefault("shared", earlier["shared"])
+
+
 def report(result: dict[str, Any]) -> None:
-    print(f"\n{result['agents']} agents, {result['dtype']} on {result['device']}")
+    print(f"\n{result['agents']} agents, {result['model']}, {result['dtype']} on {result['device']}")
     if "mixed" in result:
-        mixed = result["mixed"]
+        medians = {name: statistics.median(values) for name, values in result["mixed"].items()}
+        ideal, ours = medians.pop(IDEAL, None), medians.get("engine")
         print(f"\n| {'how':<28} | tokens/s | engine is |\n|{'-' * 30}|{'-' * 10}|{'-' * 11}|")
-        for name, speed in mixed["tokens_per_second"].items():
-            ratio = mixed["engine_over"].get(name)
-            print(f"| {name:<28} | {speed:>8.1f} | {'' if ratio is None else f'{ratio:>8.1f}x'!s:>9} |")
-        print(f"\nbare calls of the model / engine: {mixed['of_ideal']:.2f} of the engine's time")
+        for name, speed in medians.items():
+            ratio = "" if ours is None or name == "engine" else f"{ours / speed:.1f}x"
+            print(f"| {SIDES[name]:<28} | {speed:>8.1f} | {ratio:>9} |")
+        if ideal is not None:
+            print(f"\nbare calls of the model / engine: {ideal:.2f} of the engine's time")
     if "shared" in result:
         shared = result["shared"]
         work, took = shared["prefilled_tokens"], shared["seconds"]
@@ -441,7 +386,9 @@ def best_device() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["mixed", "shared"], help="mixed, shared (both)")
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help="mixed, shared (both)")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="the ways to measure (all)")
+    parser.add_argument("--with", nargs="+", type=Path, default=[], dest="earlier", metavar="FILE", help="add these")
     parser.add_argument("--model", help="a model folder or name (SmolLM2-135M-Instruct)")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead, with that tokenizer")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default=best_device())
@@ -454,15 +401,18 @@ def main() -> None:
     parser.add_argument("--singles", type=int, default=3, help="how many requests smolagents answers in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--without-manager", action="store_true", help="leave ContinuousBatchingManager out")
+    parser.add_argument("--threads", type=int, help="threads of torch; with 1, other work on the machine disturbs less")
     parser.add_argument("--quick", action="store_true", help="one small round, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
     if options.quick:
         options.agents, options.longest, options.most, options.over = min(options.agents, 8), 60, 12, 0.5
         options.system, options.singles, options.rounds = 128, 1, 1
+    if options.threads:
+        torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = asyncio.run(measure(options, Path(folder)))
+    put_together(result, options.earlier)
     report(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")
