@@ -258,19 +258,11 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not type-check
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.join(theirs)
 
-    def keep(self, rows: Rows[int], width: int) -> list[int]:
-        """Drops all rows but ``rows``, and all columns but the last ``width``. Returns the new order of the rows.
-
-        The rows that stay keep their places, but for the last ones, which fill the gaps.
-        """
-        order = sorted(rows)
-        count = len(order)
-        gaps = sorted(set(range(count)) - set(order))
-        movers = order[count - len(gaps) :]
-        order = order[: count - len(gaps)]
-        for gap, mover in zip(gaps, movers, strict=True):
-            order.insert(gap, mover)
+    def keep(self, rows: Rows[int], width: int) -> None:
+        """Drops all rows but ``rows``, which then stand in this order, and all columns but the last ``width``."""
+        moves = [(source, target) for target, source in enumerate(rows) if source != target]
+        sources, targets = zip(*moves, strict=True) if moves else ((), ())
         for layer in self.layers:
-            layer.move(torch.tensor(movers, device=layer.device), torch.tensor(gaps, device=layer.device), count)
+            device = layer.device
+            layer.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device), len(rows))
             layer.trim(width)
-        return order

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,14 +22,15 @@ from asyncmodels.local.batch_grammars import BatchGrammars, Masks
 from asyncmodels.local.detokenizer import make_detokenizer
 from asyncmodels.local.grammar import GrammarCompiler
 from asyncmodels.local.kv import BatchCache, Segment, layer_windows, reusable
-from asyncmodels.local.memory import free_host_memory
+from asyncmodels.local.model_facts import context_length, eos_token_ids, free_memory, sampling_defaults, weight_bytes
 from asyncmodels.local.prefill import begin_alike, plan_prefill
 from asyncmodels.local.prefix_cache import Found
 from asyncmodels.local.prefixes import Prefixes
+from asyncmodels.local.row_attention import Group, arranged, attends_by_rows, group_rows, grouped
 from asyncmodels.local.runner import Failed, Output, Runner, RunnerInfo
 from asyncmodels.local.sampling import Sampler
 from asyncmodels.local.scoring import Scorer
-from asyncmodels.local.sequence import SamplingDefaults, Sequence
+from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.vision import Vision
 from asyncmodels.local.weights import Weights, WeightsSpec, load_weights, shared_weights
 
@@ -43,6 +45,8 @@ _PREFIX_SHARE = 0.1
 """How much of the free memory the prefix cache takes where nobody says; it never takes more than half of it."""
 _MEMORY_SHARE = 0.6
 """How much of what is left the KV memory may take; growing needs room for a copy of a layer on top."""
+_ALIKE = 128
+"""Rows whose lengths differ by no more tokens need not be told apart when the batch is put in order."""
 _WORTH_WAITING = 64
 """How many tokens a prompt must save for it to wait until another one that begins the same way is that far."""
 
@@ -107,6 +111,8 @@ class TransformersRunner(Runner):
         self._rows: list[Sequence] = []
         self._lengths: list[int] = []
         self._cache: BatchCache | None = None
+        self._by_rows = False
+        self._steps = 0
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -117,21 +123,22 @@ class TransformersRunner(Runner):
         self._windows = layer_windows(model.config)
         self._accepts = frozenset(inspect.signature(model.forward).parameters)
         self._device = model.get_input_embeddings().weight.device
+        self._by_rows = self._device.type == "cpu" and attends_by_rows(model)
         if self._prefill_tokens is None:
             self._prefill_tokens = _PREFILL_TOKENS.get(self._device.type, 512)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # of this thread, for whatever a kernel takes to be the present device
         with torch.inference_mode(), weights.lock:
             token_bytes, vocabulary = self._try_out()
-        free = _free_memory(self._device)
+        free = free_memory(self._device)
         if self.kv_memory is not None:
             free = min(free, self.kv_memory)
         wanted = free * _PREFIX_SHARE if self._prefix_cache_bytes is None else self._prefix_cache_bytes
         capacity = int(min(wanted, free / 2) / token_bytes) if reusable(model.config) else 0
         if capacity:
             self._prefixes = Prefixes(self._windows, capacity=capacity, token_bytes=token_bytes)
-        eos_token_ids = _eos_token_ids(model, tokenizer)
-        compiler = GrammarCompiler(tokenizer, vocabulary, eos_token_ids)
+        eos = eos_token_ids(model, tokenizer)
+        compiler = GrammarCompiler(tokenizer, vocabulary, eos)
         self._grammars = BatchGrammars(compiler.n_vocab)
         self._scorer = Scorer(
             model,
@@ -144,16 +151,16 @@ class TransformersRunner(Runner):
         return RunnerInfo(
             tokenizer=tokenizer,
             detokenizer=make_detokenizer(tokenizer),
-            context_length=_context_length(model, tokenizer),
-            eos_token_ids=eos_token_ids,
-            sampling=_sampling_defaults(model.generation_config),
+            context_length=context_length(model, tokenizer),
+            eos_token_ids=eos,
+            sampling=sampling_defaults(model.generation_config),
             max_tokens=max(1, int((free - capacity * token_bytes) * _MEMORY_SHARE / token_bytes)),
             padded=True,
             keeps_tokens=0 if any(self._windows) else capacity,
             compile_grammar=compiler.compile,
             images=weights.sight.reader,
             blind=weights.sight.blind,
-            weight_bytes=_bytes_of(model),
+            weight_bytes=weight_bytes(model),
             device=str(self._device),
             dtype=str(model.dtype).removeprefix("torch."),
         )
@@ -223,7 +230,14 @@ class TransformersRunner(Runner):
             return
         width = max(_cached(self._rows[row]) for row in staying)
         with torch.inference_mode():
-            order = self._cache.keep(staying, width)
+            self._arrange(self._cache, staying, width)
+
+    def _arrange(self, cache: BatchCache, staying: list[int], width: int) -> None:
+        """Drops all rows but those that stay, and puts those of about the same length next to each other."""
+        # All of them grow alike, so that what sets them apart is at which step they would have begun.
+        kinds = [(self._lengths[row] - self._steps) // _ALIKE if self._by_rows else 0 for row in staying]
+        order = arranged(staying, kinds)
+        cache.keep(order, width)
         self._rows = [self._rows[row] for row in order]
         self._lengths = [self._lengths[row] for row in order]
 
@@ -254,8 +268,10 @@ class TransformersRunner(Runner):
         places = lengths if self._vision is None else self._vision.places(rows, lengths)
         tokens, positions = torch.tensor([[row.output[-1] for row in rows], places], device=self._device)
         pads = [width - length for length in lengths]
-        logits = self._forward(tokens[:, None], self._cache, positions[:, None], self._mask(pads, width + 1))
+        groups = group_rows([length + 1 for length in lengths]) if self._by_rows else ()
+        logits = self._forward(tokens[:, None], self._cache, positions[:, None], self._mask(pads, width + 1), groups)
         self._lengths = [length + 1 for length in lengths]
+        self._steps += 1
         return self._sample(logits, rows, masks)
 
     def _masks(self, rows: list[Sequence]) -> Masks | None:
@@ -396,6 +412,8 @@ class TransformersRunner(Runner):
             self._cache.join(cache)
         self._rows += sequences
         self._lengths += [sequence.length for sequence in sequences]
+        if self._by_rows:
+            self._arrange(self._cache, list(range(len(self._rows))), self._cache.width)
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -414,6 +432,7 @@ class TransformersRunner(Runner):
         cache: BatchCache,
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        groups: Rows[Group] = (),
     ) -> torch.Tensor:
         """The logits of the last column, [rows, vocabulary]; ``ids`` are token ids or what is embedded already."""
         kwargs: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
@@ -424,7 +443,8 @@ class TransformersRunner(Runner):
             kwargs["position_ids"] = positions
         if "logits_to_keep" in self._accepts:
             kwargs["logits_to_keep"] = 1
-        logits: torch.Tensor = self._model(**kwargs).logits
+        with grouped(groups if self._by_rows else None):
+            logits: torch.Tensor = self._model(**kwargs).logits
         return logits[:, -1]
 
     def _mask(self, pads: list[int], columns: int) -> torch.Tensor | None:
@@ -435,47 +455,6 @@ class TransformersRunner(Runner):
         return own.long().to(self._device)
 
 
-def _bytes_of(model: Any) -> int:
-    """What the weights take; those that several layers share are counted once."""
-    return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
-
-
 def _cached(sequence: Sequence) -> int:
     """How many tokens of a decoding sequence are in the cache: all but the last one, which no forward has seen."""
     return sequence.length - 1
-
-
-def _context_length(model: Any, tokenizer: Any) -> int:
-    config = model.config.get_text_config(decoder=True)
-    length = getattr(config, "max_position_embeddings", None) or getattr(tokenizer, "model_max_length", None)
-    return int(min(length, 2**31)) if length else 2**31
-
-
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    for source in (model.generation_config, model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
-
-
-def _sampling_defaults(config: Any) -> SamplingDefaults:
-    if not getattr(config, "do_sample", False):
-        return SamplingDefaults()
-    temperature = getattr(config, "temperature", None)
-    return SamplingDefaults(
-        sample=True,
-        temperature=1.0 if temperature is None else float(temperature),
-        top_k=getattr(config, "top_k", None) or None,
-        top_p=getattr(config, "top_p", None),
-        min_p=getattr(config, "min_p", None),
-    )
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that may be used on ``device``."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type == "mps":
-        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return free_host_memory()

@@ -1,0 +1,53 @@
+"""What a loaded model of Transformers says of itself, and how much memory its device has left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from asyncmodels.local.memory import free_host_memory
+from asyncmodels.local.sequence import SamplingDefaults
+
+__all__ = ["context_length", "eos_token_ids", "free_memory", "sampling_defaults", "weight_bytes"]
+
+
+def weight_bytes(model: Any) -> int:
+    """What the weights take; those that several layers share are counted once."""
+    return sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    config = model.config.get_text_config(decoder=True)
+    length = getattr(config, "max_position_embeddings", None) or getattr(tokenizer, "model_max_length", None)
+    return int(min(length, 2**31)) if length else 2**31
+
+
+def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    for source in (model.generation_config, model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset()
+
+
+def sampling_defaults(config: Any) -> SamplingDefaults:
+    if not getattr(config, "do_sample", False):
+        return SamplingDefaults()
+    temperature = getattr(config, "temperature", None)
+    return SamplingDefaults(
+        sample=True,
+        temperature=1.0 if temperature is None else float(temperature),
+        top_k=getattr(config, "top_k", None) or None,
+        top_p=getattr(config, "top_p", None),
+        min_p=getattr(config, "min_p", None),
+    )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be used on ``device``."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return free_host_memory()
