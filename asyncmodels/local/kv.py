@@ -27,6 +27,8 @@ _ROOM = 256
 """By how many columns the memory grows."""
 _ROWS = 8
 """By how many rows it grows."""
+_ROWS_CPU = 16
+"""The same on a CPU, where memory costs nothing before something is written to it, and moving what is there does."""
 
 
 def layer_windows(config: Any) -> list[int | None]:
@@ -153,7 +155,11 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         if rows <= capacity and left <= self.begin and self.end + right <= columns:
             return
         held = self.end - self.begin
-        capacity = capacity if rows <= capacity else -(-rows // _ROWS) * _ROWS
+        if rows > capacity:
+            growth = _ROWS_CPU if self.device.type == "cpu" else _ROWS
+            capacity = -(-rows // growth) * growth
+        if left > self.begin and self.device.type == "cpu":
+            left += _ROOM
         shape = (capacity, left + held + right + _ROOM)
         self.keys = self._moved(self.keys, shape, left)
         self.values = self._moved(self.values, shape, left)
