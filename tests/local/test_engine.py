@@ -551,6 +551,23 @@ async def test_a_thread_that_dies_is_replaced(start: Start, scripted: Any, ask: 
     await assert_idle(engine, ask)
 
 
+async def test_a_thread_that_dies_after_a_pause_is_replaced(start: Start, scripted: Any, ask: Ask) -> None:
+    """Whoever hears of the second death in a row, and comes again at once, gets a new thread, too."""
+
+    class Unresettable(scripted):  # type: ignore[misc]  # a class from a fixture
+        def reset(self) -> None:
+            super().reset()
+            if self.resets == 2:
+                time.sleep(0.05)  # long enough for who has heard of it to come again
+                raise RuntimeError("cannot reset")
+
+    engine = start(Unresettable(before_step=failing(2)), scripted())
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="broken kernel"):
+            await answer(engine, ask())
+    assert (await answer(engine, ask(max_tokens=2))).content == "ab"
+
+
 async def test_even_a_system_exit_is_heard_of(start: Start, scripted: Any, ask: Ask) -> None:
     """A thread that is ended by something that is not an Exception leaves nobody waiting."""
 
@@ -585,6 +602,21 @@ async def test_a_model_that_cannot_be_loaded(start: Start, scripted: Any, ask: A
 
 
 # -- lifetimes --------------------------------------------------------------------------------------------------------
+
+
+async def test_everybody_has_heard_when_closing_returns(start: Start, runner: Any, ask: Ask) -> None:
+    """Closing returns behind the last answer or error, although what ends at a step is handed out in several turns."""
+    runner.go.clear()
+    engine = start(runner)
+    handles = [await engine.submit(ask(max_tokens=1), streaming=False) for _ in range(64)]
+    reading = [asyncio.ensure_future(anext(handle)) for handle in handles]
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(engine.aclose())
+    await asyncio.sleep(0)
+    runner.go.set()
+    await closing
+    assert [task.done() for task in reading] == [True] * 64
+    await asyncio.gather(*reading, return_exceptions=True)
 
 
 async def test_closing_while_requests_run(start: Start, runner: Any, ask: Ask) -> None:
