@@ -142,8 +142,8 @@ class Crowding:
         if rows <= _LEAST or len(self._guests) == 1:
             return 0
         guest, priority = self._guests[key], key[1]
-        if self._alike and 2 * sum(count for of, count in self._here.items() if of >= priority) > limit:
-            return rows - _LEAST  # nobody's part is larger
+        if self._alike and sum(count for of, count in self._here.items() if of >= priority) > limit - _LEAST:
+            return rows - _LEAST  # as each of the others wants one at least
         parts = self._divided(priority, limit, now)
         return max(0, rows - parts.most(guest)) if guest in parts.others else 0
 

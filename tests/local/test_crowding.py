@@ -102,13 +102,26 @@ def test_alone_an_agent_may_have_everything() -> None:
 
 
 def test_rows_are_left_for_those_who_want_few() -> None:
-    """Beside fifteen agents with one request each, a heavy one has 17 rows of 32, whether those run or not."""
+    """Beside twenty agents with one request each, a heavy one has 12 rows of 32, whether those run or not."""
     crowding = Crowding()
     entered(crowding, "heavy", 100, rows=32)
-    for number in range(15):
+    for number in range(20):
         entered(crowding, f"light-{number}", 1, rows=number % 2)
-    assert too_many(crowding, 32) == {"heavy": 15}
+    assert too_many(crowding, 32) == {"heavy": 20}
     assert not crowding.refuses(sequence("light-2"), 32, 0.0)
+
+
+@pytest.mark.parametrize("others", range(1, 12))
+def test_however_it_is_counted(others: int) -> None:
+    """Where there are about as many agents as rows, what is left is the same with equal weights and with others."""
+    found = []
+    for weight in (1.0, 2.0):
+        crowding = Crowding()
+        entered(crowding, "heavy", 100, rows=10, weight=weight)
+        for number in range(others):
+            entered(crowding, f"light-{number}", 1, weight=weight)
+        found.append(too_many(crowding, 10))
+    assert found == [{"heavy": min(8, others)}] * 2
 
 
 def test_two_rows_are_never_too_many() -> None:
