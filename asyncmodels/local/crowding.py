@@ -160,18 +160,20 @@ class Crowding:
         wants = [(guest.wants(now), guest) for (_, of), guest in self._guests.items() if of >= priority]
         wants = sorted((entry for entry in wants if entry[0]), key=lambda entry: entry[0] / entry[1].weight)
         weight = sum(guest.weight for _, guest in wants)
-        wanted = content = 0
+        wanted = 0
+        others = []
         for want, guest in wants:
-            if want * weight > (limit - wanted) * guest.weight:
-                break
-            wanted += want
-            weight -= guest.weight
-            content += 1
+            # A row cannot be divided: who wants one has no less.
+            if want == 1 or want * weight <= (limit - wanted) * guest.weight:
+                wanted += want
+                weight -= guest.weight
+            else:
+                others.append(guest)
         room = limit - wanted
         if wanted:
             rows = max(self.cost.rows_at(times=_LONGER, rows=wanted), self.cost.rows_for(1 / 2))
             room = int(min(limit, rows + _ROUNDING)) - wanted
-        return _Parts(wanted, room, tuple(guest for _, guest in wants[content:]))
+        return _Parts(wanted, room, tuple(others))
 
     def _sweep(self, now: float) -> None:
         for key, guest in list(self._guests.items()):
