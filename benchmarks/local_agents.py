@@ -188,7 +188,7 @@ async def cancelling(options: argparse.Namespace) -> dict[str, Any]:
     dice = random.Random(4)
     staying = survivors()
     while backend.statistics().running < options.survivors:  # noqa: ASYNC110  # as above
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
     going: list[asyncio.Task[Response]] = []
     for index in range(1000):
         going.append(asyncio.create_task(backend.generate(request(index, dice.randint(1, 50), f"agent-{index % 50}"))))
@@ -203,7 +203,7 @@ async def cancelling(options: argparse.Namespace) -> dict[str, Any]:
     await asyncio.sleep(0)
     steps = backend.statistics().steps
     while backend.statistics().running > options.survivors or backend.statistics().waiting:  # noqa: ASYNC110  # as above
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.001)
     taken = backend.statistics().steps - steps
     texts = [str(response) for response in await asyncio.gather(*staying)]
     await asyncio.gather(*going, return_exceptions=True)
