@@ -101,7 +101,7 @@ def post_now(loop: asyncio.AbstractEventLoop, call: Callable[..., object], *args
 
 
 class _Lane:
-    """What one loop is to be told. Only ``calls`` and ``ends`` are touched on the thread that collects."""
+    """What one loop is to be told: ``calls`` and ``ends`` belong to the thread that collects, all else to the loop."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -114,22 +114,18 @@ class _Lane:
         for call, args in calls:
             call(*args)
         self._waiting += ends
-        if last:
-            self._end(len(self._waiting))
-        elif self._waiting and not self._going:
-            self._going = True
-            self._go_on(loop)
+        if last or not self._going:
+            self._go_on(loop, len(self._waiting) if last else _ENDS_PER_TURN)
 
-    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._end(min(_ENDS_PER_TURN, len(self._waiting)))
-        self._going = bool(self._waiting)
-        if self._going:
-            loop.call_soon(self._go_on, loop)
-
-    def _end(self, count: int) -> None:
-        for _ in range(count):
-            call, args = self._waiting.popleft()
-            call(*args)
+    def _go_on(self, loop: asyncio.AbstractEventLoop, most: int = _ENDS_PER_TURN) -> None:
+        try:
+            for _ in range(min(most, len(self._waiting))):
+                call, args = self._waiting.popleft()
+                call(*args)
+        finally:  # what is wrong with one of them keeps no other waiting
+            self._going = bool(self._waiting)
+            if self._going:
+                loop.call_soon(self._go_on, loop)
 
 
 class Outbox:
