@@ -21,7 +21,7 @@ from typing import TypeAlias
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.step_cost import StepCost
 
-__all__ = ["Crowding", "Key"]
+__all__ = ["Crowding"]
 
 _LONGER = 1.2
 _LEAST = 2
@@ -34,7 +34,7 @@ _SHORTEST = 0.05
 _SWEPT = 64
 """So many may be remembered before those are forgotten who are not expected; later, twice as many as were left then."""
 
-Key: TypeAlias = tuple[str | None, int]
+_Key: TypeAlias = tuple[str | None, int]
 """An agent, and the priority of its requests."""
 
 
@@ -79,7 +79,7 @@ class Crowding:
 
     def __init__(self) -> None:
         self.cost = StepCost()
-        self._guests: dict[Key, _Guest] = {}
+        self._guests: dict[_Key, _Guest] = {}
         self._here: Counter[int] = Counter()
         """How many guests are here, by priority."""
         self._alike = True
@@ -128,7 +128,7 @@ class Crowding:
         key = sequence.agent, sequence.priority
         return self._excess(key, self._guests[key].rows + 1, limit, now) > 0
 
-    def too_many(self, limit: int, now: float) -> Iterator[tuple[Key, int]]:
+    def too_many(self, limit: int, now: float) -> Iterator[tuple[_Key, int]]:
         """Who has more rows than he may, and how many. The caller takes them out before he asks for the next."""
         if self._here.total() < 2:
             return
@@ -138,7 +138,7 @@ class Crowding:
             if count:
                 yield key, count
 
-    def _excess(self, key: Key, rows: int, limit: int, now: float) -> int:
+    def _excess(self, key: _Key, rows: int, limit: int, now: float) -> int:
         if rows <= _LEAST or len(self._guests) == 1:
             return 0
         guest, priority = self._guests[key], key[1]

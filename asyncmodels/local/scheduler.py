@@ -148,8 +148,8 @@ class Scheduler:
         for (agent, priority), count in self.crowding.too_many(self.limit, now):
             rows = [row for row in self._running if (row.agent, row.priority) == (agent, priority) and row.pausable]
             for row in reversed(rows[-count:]):
-                room -= row.length
-                if row.output and room >= 0:
+                if row.output and row.length <= room:
+                    room -= row.length
                     paused.append(row)
                     self._paused[row] = row.length
                     self._take_out(row)

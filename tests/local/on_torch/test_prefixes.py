@@ -14,7 +14,7 @@ from asyncmodels.local.runner import Failed, Sampled
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.transformers_runner import TransformersRunner
 from asyncmodels.local.weights import Weights, WeightsSpec
-from tests.local.on_torch.test_kv import CONFIGS, SHARED, Vocabulary, build, prompt
+from tests.local.on_torch.test_kv import CONFIGS, SHARED, Vocabulary, build, prompt, said_alone
 
 SYSTEM = prompt(100)
 PLENTY = 2**26
@@ -54,20 +54,6 @@ def answer(runner: TransformersRunner, *sequences: Sequence) -> list[list[int]]:
     return [sequence.output for sequence in sequences]
 
 
-def alone(model: Any, sequence: Sequence) -> list[int]:
-    ids = torch.tensor([sequence.prompt])
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=sequence.max_tokens,
-        min_new_tokens=sequence.max_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return list(output[0, len(sequence.prompt) :].tolist())
-
-
 def counted(runner: TransformersRunner, name: str = "prefilled_tokens") -> float:
     return runner.statistics()[name]
 
@@ -94,7 +80,7 @@ def test_the_words_are_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         before = counted(runner)
         sequences = [ask(tokens) for tokens in prompts]
         for sequence, output in zip(sequences, answer(runner, *sequences), strict=True):
-            assert output == alone(model, sequence)
+            assert output == said_alone(model, sequence)
             assert sequence.cached is not None
             assert not turn or sequence.cached >= len(sequence.prompt) - 24
         work = counted(runner) - before
@@ -118,7 +104,7 @@ def test_a_new_system_prompt_is_worked_off_once(
     assert len(SYSTEM) + own <= counted(runner) <= len(SYSTEM) + 32 * 7 + (prefill_tokens == 24) * 4 * 24
     assert [sequence.cached for sequence in sequences].count(0) == 1
     for sequence, output in zip(sequences[:4], outputs, strict=False):
-        assert output == alone(model, sequence)
+        assert output == said_alone(model, sequence)
 
 
 def test_one_who_comes_while_the_first_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +127,7 @@ def test_one_who_comes_while_the_first_is_under_way(monkeypatch: pytest.MonkeyPa
         step(runner, live)
     assert second.cached == len(SYSTEM)
     for sequence in (busy, first, second, other):
-        assert sequence.output == alone(model, sequence)
+        assert sequence.output == said_alone(model, sequence)
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +158,7 @@ def test_a_conversation_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     [output] = answer(runner, second)
     # The last token of an answer has never been looked at.
     assert second.cached == 40 + 30 - 1
-    assert output == alone(model, second)
+    assert output == said_alone(model, second)
 
 
 def test_an_answer_behind_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +170,7 @@ def test_an_answer_behind_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     second = ask((*first.prompt, *first.output, *prompt(10)), 5)
     [output] = answer(runner, second)
     assert second.cached == 40
-    assert output == alone(model, second)
+    assert output == said_alone(model, second)
 
 
 def test_neighbours_that_leave_do_not_spoil_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +183,7 @@ def test_neighbours_that_leave_do_not_spoil_answers(monkeypatch: pytest.MonkeyPa
     for first, second, output in zip(firsts, seconds, answer(runner, *seconds), strict=True):
         assert second.cached is not None
         assert second.cached > len(first.prompt)
-        assert output == alone(model, second)
+        assert output == said_alone(model, second)
 
 
 @pytest.mark.parametrize("when", range(9))
@@ -217,9 +203,9 @@ def test_cancelled_in_every_phase(when: int, monkeypatch: pytest.MonkeyPatch) ->
         step(runner, live)
     again = [ask(sequence.prompt, 8) for sequence in sequences]
     for sequence, output in zip(again, answer(runner, *again), strict=True):
-        assert output == alone(model, sequence)
+        assert output == said_alone(model, sequence)
     for sequence in sequences[2:]:
-        assert sequence.output == alone(model, sequence)
+        assert sequence.output == said_alone(model, sequence)
     assert (runner._rows, runner._pending, runner._cache) == ([], [], None)
 
 
@@ -234,7 +220,7 @@ def test_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
         sequences = [ask(prompt(90 + index + turn) + prompt(8), 3) for index in range(5)]
         sequences += [ask(SYSTEM + prompt(3 + index), 3) for index in range(2)]
         for sequence, output in zip(sequences, answer(runner, *sequences), strict=True):
-            assert output == alone(model, sequence)
+            assert output == said_alone(model, sequence)
         tree = runner._prefixes._tree if runner._prefixes is not None else None
         assert tree is not None
         kept = sum(
@@ -267,7 +253,7 @@ def test_out_of_memory_gives_the_cache_up(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(BatchCache, "segment", segment)
     sequence = ask(prompt(30), 20)
-    assert answer(runner, sequence) == [alone(model, sequence)]
+    assert answer(runner, sequence) == [said_alone(model, sequence)]
     assert counted(runner, "prefix_cache_bytes") == 0
 
 
@@ -323,7 +309,7 @@ def test_who_is_queued_again_begins_where_he_was(monkeypatch: pytest.MonkeyPatch
         step(runner, live)
     runner.remove(live)
     before = counted(runner)
-    assert answer(runner, sequence) == [alone(model, sequence)]
+    assert answer(runner, sequence) == [said_alone(model, sequence)]
     assert counted(runner) - before == 1
     assert sequence.cached == 0
     again = ask((*sequence.prompt, *sequence.output, 3), 2)
