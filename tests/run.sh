@@ -144,6 +144,6 @@ if [ -x "$venv/vllm/bin/python" ]; then
         tests/local/on_vllm tests/contract -m model -k "not test_contract or vllm"
     # In a process of its own: vLLM leaves behind what other tests would be blamed for.
     part "Transformers at the version that vLLM takes" "$venv/vllm/bin/python" -m pytest \
-        tests/local/on_torch/test_transformers.py
+        tests/local/on_torch/test_transformers.py tests/local/on_torch/test_paged.py tests/local/on_torch/test_paged_sampling.py
 fi
 exit "$failed"

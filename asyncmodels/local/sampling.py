@@ -1,9 +1,7 @@
 """The next token of every row of a batch, each row by its own rules.
 
-A row's randomness is a function of its seed, the number of tokens it has generated and the token's id, nothing else:
-it needs no generator that would have to travel with the row, so a seeded request draws the same numbers at any batch
-size, at any place in the batch and on any device. Tokens are chosen by the Gumbel trick: the largest of
-``log p + noise`` is a sample of ``p``.
+A row's randomness comes from ``noise``, so a seeded request draws the same numbers at any batch size. Tokens are chosen
+by the Gumbel trick: the largest of ``log p + noise`` is a sample of ``p``.
 
 Sampled rows look at a few hundred candidates instead of sorting the vocabulary. That is exact: a row whose limits let
 in more than the candidates, or whose draw falls on a token outside of them, is done again over the whole vocabulary.
@@ -21,14 +19,13 @@ from dataclasses import dataclass
 
 import torch
 
+from asyncmodels.local.noise import gumbel, key_halves, uniform
 from asyncmodels.local.runner import Sampled
 from asyncmodels.local.sequence import Sequence
 
 __all__ = ["Sampler"]
 
 _CANDIDATES = 256
-_MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 _TAIL = 0x7FFFFFFF
 """The "token id" whose number decides whether a draw falls outside of the candidates."""
 
@@ -112,7 +109,7 @@ class Sampler:
         state = self._states.get(sequence)
         if state is None:
             seed = sequence.sampling.seed
-            state = self._states[sequence] = _State(secrets.randbits(64) if seed is None else seed & _MASK64)
+            state = self._states[sequence] = _State(secrets.randbits(64) if seed is None else seed)
         return state
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -138,9 +135,9 @@ class Sampler:
             # Without limits the first number decides between the candidates and the tail, the others inside of either.
             keep &= limited.unsqueeze(-1) | (best > best[:, self._candidates - 1, None])
             inside = logp.exp().masked_fill(~keep, 0.0).sum(dim=-1)
-            place = _uniform(keys, torch.tensor([[_TAIL]], device=ids.device)).squeeze(-1)
+            place = uniform(keys, torch.tensor([[_TAIL]], device=ids.device)).squeeze(-1)
             again |= ~limited & (place >= inside) & more[:, self._candidates - 1]
-        scored = logp.add(_gumbel(keys, ids)).masked_fill(~keep, -torch.inf)
+        scored = logp.add(gumbel(keys, ids)).masked_fill(~keep, -torch.inf)
         return ids.gather(-1, scored.argmax(dim=-1, keepdim=True)).squeeze(-1), again
 
     def _draw_whole(self, scores: torch.Tensor, sequence: Sequence) -> int:
@@ -150,18 +147,17 @@ class Sampler:
         keys = self._keys([sequence], scores.device)
         if bool(limits.unlimited):
             last = scores.topk(self._candidates, dim=-1).values[:, -1:]
-            noise = _gumbel(keys, torch.arange(scores.shape[-1], device=scores.device)[None])
+            noise = gumbel(keys, torch.arange(scores.shape[-1], device=scores.device)[None])
             return int(scores.add(noise).masked_fill(scores > last, -torch.inf).argmax())
         best, ids = scores.sort(dim=-1, descending=True)
         logp = best.log_softmax(dim=-1)
-        noise = _gumbel(keys, ids)
+        noise = gumbel(keys, ids)
         return int(ids[0, logp.add(noise).masked_fill(~limits.keep(best, logp), -torch.inf).argmax()])
 
     def _keys(self, rows: Rows[Sequence], device: torch.device) -> torch.Tensor:
         """Two 32-bit numbers for each row, [2, rows, 1]: its seed and its place in its text, well mixed."""
-        mixed = [_splitmix(self._state(row).seed ^ _splitmix(len(row.output))) for row in rows]
-        halves = [[key & _MASK32 for key in mixed], [key >> 32 for key in mixed]]
-        return torch.tensor(halves, dtype=torch.int64, device=device).unsqueeze(-1)
+        halves = [key_halves(self._state(row).seed, len(row.output)) for row in rows]
+        return torch.tensor(halves, dtype=torch.int64, device=device).T.unsqueeze(-1)
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -233,29 +229,3 @@ class _Limits:
 def _without(scores: torch.Tensor, banned: torch.Tensor) -> torch.Tensor:
     # Not masked_fill, which takes half as long again on CPUs.
     return torch.where(banned, -torch.inf, scores)
-
-
-# -- numbers that look random -----------------------------------------------------------------------------------------
-
-
-def _splitmix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)
-
-
-def _uniform(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """A number in (0, 1) for each of ``ids`` [rows, n]: two rounds of murmur3's finaliser, keyed before each."""
-    x = ids
-    for key in keys:
-        x = (x * 0x9E3779B1 + key) & _MASK32
-        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK32
-        x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK32
-        x = x ^ (x >> 16)
-    # 23 bits and a half: the largest value is the last float32 below 1.
-    return ((x >> 9).float() + 0.5) * 2.0**-23
-
-
-def _gumbel(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return -(-_uniform(keys, ids).log()).log()

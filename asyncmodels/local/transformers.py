@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
-from asyncmodels.backend import Backend, Capabilities
+from asyncmodels.backend import ALL_SAMPLING, Backend, Capabilities
+from asyncmodels.errors import ConfigurationError, UnsupportedError
 from asyncmodels.local.backend import (
     EngineBackend,
     EngineOptions,
@@ -52,6 +54,7 @@ class TransformersBackend(EngineBackend):
         prefill_tokens: int | None = None,
         prefix_cache_bytes: int | None = None,
         share_weights: bool = False,
+        backend: Literal["steps", "paged"] = "steps",
         locate: Callable[[str], str] = str,
         sees: bool | None = None,
         **options: Unpack[EngineOptions],
@@ -62,26 +65,38 @@ class TransformersBackend(EngineBackend):
         check_whole("prefix_cache_bytes", prefix_cache_bytes, least=0, optional=True)
         check_flags(share_weights=share_weights, trust_remote_code=trust_remote_code)
         check_keywords("model_kwargs", model_kwargs)
-        factory = _factory(
-            {
-                "model_id": model_id,
-                "device_map": device_map,
-                "torch_dtype": torch_dtype,
-                "trust_remote_code": trust_remote_code,
-                "model_kwargs": dict(model_kwargs or {}),
-            },
-            {
+        weights = {
+            "model_id": model_id,
+            "device_map": device_map,
+            "torch_dtype": torch_dtype,
+            "trust_remote_code": trust_remote_code,
+            "model_kwargs": dict(model_kwargs or {}),
+        }
+        self._paged = backend == "paged"
+        if self._paged:
+            _check_paged(share_weights, prefix_cache_bytes, options.get("isolate_agents", False))
+            settings = {
+                "max_rows": options.get("max_batch_size", 32),
+                "step_tokens": prefill_tokens,
+                "share_prefixes": prefix_cache_bytes is None,
+            }
+            factory = _paged_factory(weights, settings, locate)
+        elif backend == "steps":
+            settings = {
                 "share_weights": share_weights,
                 "prefill_tokens": prefill_tokens,
                 "prefix_cache_bytes": prefix_cache_bytes,
-            },
-            locate,
-        )
+            }
+            factory = _factory(weights, settings, locate)
+        else:
+            raise ConfigurationError(f'backend must be "steps" or "paged", not {backend!r}.')
         super().__init__(factory, model_id=model_id, apply_chat_template_kwargs=apply_chat_template_kwargs, **options)
         self._sees = _may_see(model_id) if sees is None else sees
 
     @property
     def capabilities(self) -> Capabilities:  # type: ignore[override]  # whether a model sees shows when it is loaded
+        if self._paged:
+            return _PAGED
         info = self.engine.info
         if info is not None:
             self._sees = info.images is not None
@@ -89,6 +104,12 @@ class TransformersBackend(EngineBackend):
 
 
 _SEEING = replace(EngineBackend.capabilities, images=True)
+_PAGED = Capabilities(
+    sampling=ALL_SAMPLING - {"frequency_penalty", "presence_penalty"},
+    tools=True,
+    tool_choice=frozenset({"auto", "none"}),
+    extra=frozenset({"chat_template_kwargs", "ignore_eos", "prompt_token_ids"}),
+)
 
 
 def _may_see(model_id: str) -> bool:
@@ -108,6 +129,37 @@ def _factory(weights: dict[str, Any], settings: dict[str, Any], locate: Callable
         from asyncmodels.local.weights import WeightsSpec
 
         return TransformersRunner(WeightsSpec(**{**weights, "model_id": source}), **settings)
+
+    return make
+
+
+def _check_paged(share_weights: bool, prefix_cache_bytes: int | None, isolate_agents: object) -> None:
+    if share_weights:
+        raise ConfigurationError('share_weights needs backend="steps": the paged one changes the model\'s attention.')
+    if prefix_cache_bytes:
+        raise ConfigurationError(
+            'With backend="paged" prefix_cache_bytes is None or 0: prefixes are kept in the pages that nobody needs.'
+        )
+    if isolate_agents and prefix_cache_bytes is None:
+        raise ConfigurationError('With backend="paged" isolate_agents needs prefix_cache_bytes=0: pages are shared.')
+
+
+_PAGED_SINCE = (5, 19)
+
+
+def _paged_factory(
+    weights: dict[str, Any], settings: dict[str, Any], locate: Callable[[str], str]
+) -> Callable[[], Runner]:
+    def make() -> Runner:
+        source = model_source(locate(weights["model_id"]))
+        installed = version("transformers")
+        if tuple(int(part) for part in installed.split(".")[:2]) < _PAGED_SINCE:
+            raise UnsupportedError(f'backend="paged" needs transformers 5.19 or newer; {installed} is installed.')
+
+        from asyncmodels.local.paged_runner import PagedRunner
+        from asyncmodels.local.weights import WeightsSpec
+
+        return PagedRunner(WeightsSpec(**{**weights, "model_id": source}), **settings)
 
     return make
 
@@ -149,6 +201,14 @@ class TransformersModel(LocalModel):
     the rest. Of prompts that begin alike and come together one is worked off first. Models whose rotary embeddings
     depend on the length of the text ("dynamic", "longrope") go without. With ``isolate_agents`` an agent finds only
     what it said itself; requests without an agent count as one. ``extra["cache_salt"]`` divides the cache by any word.
+
+    ``backend="paged"`` runs the model on Transformers' own continuous batching (5.19 or newer) in place of our loop
+    over ``forward``: with a paged cache and, where flash attention is installed, that and CUDA graphs, for models of
+    text with full or sliding attention on one device. It knows temperature, top_k, top_p, min_p and seeds, tools and
+    streams; grammars, response formats, demanded tool calls, penalties, logprobs and images are UnsupportedErrors.
+    ``prefill_tokens`` is then how much one step computes, those who decode included. Prompts share whole pages of what
+    begins alike (256 tokens on a GPU, 32 elsewhere) as long as nobody needs the room, unless ``prefix_cache_bytes`` is
+    0; without that agents cannot be isolated, and with it steps overlap on a GPU. On a CPU it is slower than our loop.
 
     A ``max_tokens`` that does not fit into the context is clipped to what does, which shows as finish_reason
     ``"length"``; a prompt that leaves no room at all is a ContextLengthError. ``extra`` takes ``cache_salt``,
@@ -197,6 +257,7 @@ class TransformersModel(LocalModel):
         prefill_tokens: int | None = None,
         prefix_cache_bytes: int | None = None,
         share_weights: bool = False,
+        backend: Literal["steps", "paged"] = "steps",
         max_restarts: int = 3,
         stuck_after: float | None = 60.0,
         agent_weights: Mapping[str, float] | Callable[[str | None], float] | None = None,
@@ -207,7 +268,7 @@ class TransformersModel(LocalModel):
         policies: tuple[Callable[[Backend], Backend], ...] = (),
         **defaults: Unpack[Parameters],
     ) -> None:
-        backend = TransformersBackend(
+        local = TransformersBackend(
             model_id,
             device_map=device_map,
             torch_dtype=torch_dtype,
@@ -223,6 +284,7 @@ class TransformersModel(LocalModel):
             prefill_tokens=prefill_tokens,
             prefix_cache_bytes=prefix_cache_bytes,
             share_weights=share_weights,
+            backend=backend,
             max_restarts=max_restarts,
             stuck_after=stuck_after,
             agent_weights=agent_weights,
@@ -233,7 +295,7 @@ class TransformersModel(LocalModel):
             locate=self._locate,
             sees=self._SEES,
         )
-        super().__init__(backend, *policies, **defaults)
+        super().__init__(local, *policies, **defaults)
 
     @staticmethod
     def _locate(model_id: str) -> str:

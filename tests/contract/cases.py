@@ -218,6 +218,13 @@ def tiny_llama(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     )
 
 
+def tiny_llama_paged(fixture: GetFixture, device: str = "cpu") -> AbstractAsyncContextManager[Backend]:
+    from asyncmodels.local.transformers import TransformersModel
+
+    spec = fixture("tiny_weights")
+    return TransformersModel(spec.model_id, device_map=device, torch_dtype=spec.torch_dtype, backend="paged")
+
+
 def tiny_llama_on_cuda(fixture: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from asyncmodels.local.transformers import TransformersModel
 
@@ -302,6 +309,8 @@ CASES = [
     Case("litellm-router", litellm_router_at, ask=ask_by_script, marks=LITELLM_NOISE),
     Case("transformers", tiny_llama, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
     Case("transformers-cuda", tiny_llama_on_cuda, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=CUDA),
+    Case("paged", tiny_llama_paged, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
+    Case("paged-cuda", partial(tiny_llama_paged, device="cuda"), ask=ask_greedily, can={Behaviour.ANSWER}, marks=CUDA),
     Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
     Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=VLLM),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +22,15 @@ DEVICE = "cuda"
 PROMPTS = ["a", "hello there", "what is it? " * 10, "tell me", "x" * 60, "four", "the end of the world " * 5]
 
 
-def make(folder: Path, device: str = DEVICE, prefix_cache_bytes: int | None = None) -> TransformersModel:
+BACKENDS: list[Literal["steps", "paged"]] = ["steps", "paged"]
+
+
+def make(
+    folder: Path,
+    device: str = DEVICE,
+    prefix_cache_bytes: int | None = None,
+    backend: Literal["steps", "paged"] = "steps",
+) -> TransformersModel:
     return TransformersModel(
         str(folder),
         device,
@@ -29,6 +38,7 @@ def make(folder: Path, device: str = DEVICE, prefix_cache_bytes: int | None = No
         max_batch_size=4,
         prefill_tokens=40,
         prefix_cache_bytes=prefix_cache_bytes,
+        backend=backend,
     )
 
 
@@ -42,10 +52,13 @@ async def ask_all(model: TransformersModel, temperature: float) -> list[Response
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-async def test_the_batch_says_what_one_at_a_time_says(tiny_model: Path, temperature: float) -> None:
+async def test_the_batch_says_what_one_at_a_time_says(
+    tiny_model: Path, temperature: float, backend: Literal["steps", "paged"]
+) -> None:
     """Greedy and seeded answers are the same alone and in a batch, and the second time as the first."""
-    async with make(tiny_model) as model:
+    async with make(tiny_model, backend=backend) as model:
         device = model.backend.statistics().device  # type: ignore[attr-defined]  # of the backend inside
         assert device is not None
         assert device.startswith(DEVICE)
@@ -56,18 +69,23 @@ async def test_the_batch_says_what_one_at_a_time_says(tiny_model: Path, temperat
             assert together[index].content == again[index].content == alone.content
 
 
-async def test_greedy_answers_are_those_of_the_cpu(tiny_model: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_greedy_answers_are_those_of_the_cpu(tiny_model: Path, backend: Literal["steps", "paged"]) -> None:
     """In float32 the device does not change what a model with clear preferences says."""
-    async with make(tiny_model) as model, make(tiny_model, "cpu") as other:
+    async with make(tiny_model, backend=backend) as model, make(tiny_model, "cpu") as other:
         here, there = await ask_all(model, temperature=0.0), await ask_all(other, temperature=0.0)
     assert [response.content for response in here] == [response.content for response in there]
 
 
-async def test_cancelled_calls_leave_the_batch(tiny_model: Path) -> None:
+@pytest.mark.parametrize("prefix_cache_bytes", [None, 0], ids=["shared", "overlapping"])
+@pytest.mark.parametrize("backend", BACKENDS)
+async def test_cancelled_calls_leave_the_batch(
+    tiny_model: Path, backend: Literal["steps", "paged"], prefix_cache_bytes: int | None
+) -> None:
     """Calls that are cancelled while they decode disturb nobody and give their memory back."""
-    async with make(tiny_model) as model:
+    async with make(tiny_model, backend=backend, prefix_cache_bytes=prefix_cache_bytes) as model:
         expected = await ask_all(model, temperature=0.0)
-        async with model.stream("hello", max_tokens=200, extra={"ignore_eos": True}, logprobs=0) as stream:
+        async with model.stream("hello", max_tokens=200, extra={"ignore_eos": True}) as stream:
             await stream.__anext__()
             doomed = [asyncio.create_task(model.generate("go on", max_tokens=200)) for _ in range(6)]
             await asyncio.sleep(0)
