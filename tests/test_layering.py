@@ -354,6 +354,7 @@ PURE = {
     "fair_queue",
     "step_cost",
     "score_prompt",
+    "seeds",
     "sequence",
     "signals",
     "tally",

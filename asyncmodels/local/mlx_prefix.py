@@ -3,14 +3,14 @@
 mlx_lm's own LRUPromptCache is not used: it looks for the nearest entry by walking every token of every entry, which
 takes half a second for 8 entries of 4,000 tokens and six for 16,000, while everybody who decodes waits; and it throws
 out what was put in first, however often that is used. Here an entry is compared at once, as an array, and what was used
-least recently goes.
+least recently goes, but for what a sequence will come back to.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
-__all__ = ["PrefixStore", "Tokens"]
+__all__ = ["PrefixStore", "Tokens", "reusable"]
 
 Tokens = npt.NDArray[np.int32]
 
@@ -36,6 +36,8 @@ class _Entry:
     cache: list[Any]
     bytes: int
     trimmable: bool
+    awaited: Callable[[], bool] | None
+    """Whether somebody is sure to come back to it; None where nobody is."""
 
 
 class PrefixStore:
@@ -78,12 +80,21 @@ class PrefixStore:
         self._reused += length
         return cache, length
 
-    def keep(self, salt: str | None, tokens: Sequence[int], cache: list[Any]) -> None:
-        """Takes ``cache``, which holds the keys and values of exactly ``tokens`` and is nobody else's."""
+    def keep(
+        self,
+        salt: str | None,
+        tokens: Sequence[int],
+        cache: list[Any],
+        awaited: Callable[[], bool] | None = None,
+    ) -> None:
+        """Takes ``cache``, which holds the keys and values of exactly ``tokens`` and is nobody else's.
+
+        As long as it is ``awaited``, others make room before it does.
+        """
         size = sum(layer.nbytes for layer in cache)
         if size > self.max_bytes or len(tokens) < _LEAST:
             return
-        entry = _Entry(salt, np.asarray(tokens, dtype=np.int32), cache, size, all(map(_trimmable, cache)))
+        entry = _Entry(salt, np.asarray(tokens, dtype=np.int32), cache, size, all(map(_trimmable, cache)), awaited)
         for key, other in list(self._entries.items()):
             if other.salt == salt and _covers(entry, other):
                 self._drop(key)
@@ -95,8 +106,8 @@ class PrefixStore:
         self._count += 1
         self._entries[self._count] = entry
         self.bytes += size
-        while self.bytes > self.max_bytes or len(self._entries) > _MOST:
-            self._drop(next(iter(self._entries)))
+        if self.bytes > self.max_bytes or len(self._entries) > _MOST:
+            self._make_room()
 
     def statistics(self) -> Mapping[str, float]:
         """What it holds, and what it was good for: tokens that nobody had to work off again."""
@@ -112,8 +123,25 @@ class PrefixStore:
         self._entries.clear()
         self.bytes = 0
 
+    def _make_room(self) -> None:
+        """Drops what was used least recently; what is awaited only where nothing else makes room for the bytes."""
+        for key in [key for key, entry in self._entries.items() if entry.awaited is None or not entry.awaited()]:
+            if self.bytes <= self.max_bytes and len(self._entries) <= _MOST:
+                return
+            self._drop(key)
+        while self.bytes > self.max_bytes:
+            self._drop(next(iter(self._entries)))
+
     def _drop(self, key: int) -> None:
         self.bytes -= self._entries.pop(key).bytes
+
+
+def reusable(cache: list[Any]) -> bool:
+    """Whether a sequence with such a cache can go on from what is kept of it, however long it has become."""
+    return all(
+        reusable(list(layer.caches)) if isinstance(layer, CacheList) else isinstance(layer, KVCache | QuantizedKVCache)
+        for layer in cache
+    )
 
 
 def _covers(entry: _Entry, other: _Entry) -> bool:

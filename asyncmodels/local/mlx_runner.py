@@ -7,6 +7,10 @@ loads, inserts, steps and removes, and nothing but Python's own numbers and stri
 Who is taken into the generator is decided here, so that a prompt is looked up in the prefix store at the last moment,
 when those before it have left theirs. The generator never ends a sequence by itself: the engine does, by what the text
 says, and removes it.
+
+The generator is a token ahead of what was handed out. A sequence that was taken out, because memory ran out or for a
+pause, goes on behind the latter: what it said is a part of its prompt then, and what was sampled beyond is sampled
+again.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -29,8 +34,9 @@ from asyncmodels.local.mlx_prefix import PrefixStore
 from asyncmodels.local.mlx_sampling import Report, RowSampler, shared_sampler
 from asyncmodels.local.mlx_single import SingleGenerator
 from asyncmodels.local.mlx_weights import MLXSpec, MLXWeights, free_memory, load_weights
+from asyncmodels.local.out_of_memory import out_of_memory
 from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerInfo, Sampled
-from asyncmodels.local.sequence import Sequence
+from asyncmodels.local.sequence import Sequence, State
 
 __all__ = ["MLXRunner"]
 
@@ -58,7 +64,7 @@ class _Row:
     uid: int
     own: RowSampler | None
     left: int
-    """How many tokens of the prompt the generator had not seen when it took the sequence."""
+    """How many tokens the generator had not seen when it took the sequence."""
     prefilled: bool = False
 
 
@@ -68,6 +74,8 @@ class MLXRunner(Runner):
     A prompt is worked off ``prefill_step_size`` tokens at a time. At most ``prefix_cache_bytes`` of keys and values are
     kept for prompts that begin like earlier ones; None takes a tenth of the free memory, 0 keeps nothing.
     """
+
+    resumes = True
 
     def __init__(self, spec: MLXSpec, *, prefill_step_size: int = 512, prefix_cache_bytes: int | None = None) -> None:
         self._spec = spec
@@ -83,6 +91,8 @@ class MLXRunner(Runner):
         self._prefilled = 0
         self._gathered = 0
         self._moments = 0
+        self._starved: Exception | None = None
+        """That memory ran out outside of a step, which the next one says."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -109,6 +119,8 @@ class MLXRunner(Runner):
             native_calls=weights.native_calls,
             native_thought=weights.native_thought,
             max_rows=None if weights.batchable else 1,
+            # Those who are served one at a time make room by ending.
+            keeps_tokens=stored // bytes_per_token if bytes_per_token and weights.batchable and weights.reusable else 0,
             weight_bytes=weights.bytes,
             device=mx.default_device().type.name,
             dtype=weights.dtype,
@@ -132,6 +144,7 @@ class MLXRunner(Runner):
     def reset(self) -> None:
         assert self._weights is not None  # noqa: S101  # load() comes first
         self._forget()
+        mx.clear_cache()  # what the rows held would else stay with this process
         self._generator = self._make_generator(self._weights)
 
     def close(self) -> None:
@@ -146,6 +159,7 @@ class MLXRunner(Runner):
         mx.clear_cache()
 
     def _forget(self) -> None:
+        self._starved = None
         self._pending.clear()
         self._rows.clear()
         self._by_uid.clear()
@@ -167,14 +181,25 @@ class MLXRunner(Runner):
         rows = [row for sequence in leaving if (row := self._rows.pop(sequence, None)) is not None]
         if not rows:
             return
-        self._keep([row for row in rows if row.prefilled and (row.own is None or row.own.error is None)])
+        try:
+            self._keep([row for row in rows if row.prefilled and (row.own is None or row.own.error is None)])
+        except Exception as error:
+            if self._store is None or not out_of_memory(error):
+                raise
+            # Those who stay need the memory more than those who may come; and it may be their own step that failed.
+            self._store.clear()
+            self._starved = error.with_traceback(None)
         self._generator.remove([row.uid for row in rows])
         for row in rows:
             del self._by_uid[row.uid]
         if not self._rows:
+            self._starved = None
             mx.clear_cache()
 
     def step(self) -> list[Output]:
+        if self._starved is not None:
+            error, self._starved = self._starved, None
+            raise error
         if self._gathers():
             return []
         outputs: list[Output] = self._admit()
@@ -229,7 +254,7 @@ class MLXRunner(Runner):
         budget = self._prefill_step_size * (_NOBODY_WAITS if len(prefilling) == len(self._rows) else 1)
         while self._pending:
             sequence = self._pending[0]
-            size = min(len(sequence.prompt), self._prefill_step_size)
+            size = min(sequence.length, self._prefill_step_size)
             if len(prefilling) >= _TOGETHER and max(*prefilling, size) * (len(prefilling) + 1) > budget:
                 break
             self._pending.popleft()
@@ -242,20 +267,21 @@ class MLXRunner(Runner):
         return failed
 
     def _take(self, sequence: Sequence) -> None:
-        cache, cached = None, 0
+        cache, cached, text = None, 0, sequence.text
         if self._store is not None:
-            cache, cached = self._store.find(sequence.cache_salt, sequence.prompt)
-            sequence.cached = cached
+            cache, cached = self._store.find(sequence.cache_salt, text)
+            if sequence.cached is None:  # who comes a second time finds what he left himself
+                sequence.cached = cached
         sampling = sequence.sampling
         own: RowSampler | None = None
         if RowSampler.needed(sampling, sequence.constraint):
-            own = RowSampler(sampling, fallback=self._fallback, constraint=sequence.constraint)
-        rest = list(sequence.prompt[cached:])
+            own = RowSampler(sampling, fallback=self._fallback, constraint=sequence.constraint, said=sequence.output)
+        rest = list(text[cached:])
         [uid] = self._generator.insert(
             [rest],
             [_UNLIMITED],
             caches=[cache],
-            all_tokens=[list(sequence.prompt[:cached])],
+            all_tokens=[list(text[:cached])],
             samplers=[shared_sampler(sampling) if own is None else own.sample],
             logits_processors=[[own.process] if own is not None and own.processes else []],
         )
@@ -279,4 +305,10 @@ class MLXRunner(Runner):
         caches = self._generator.extract_cache([row.uid for row in rows])
         for row in rows:
             cache, tokens = caches[row.uid]
-            self._store.keep(row.sequence.cache_salt, tokens, cache)
+            awaited = partial(_comes_back, row.sequence) if _comes_back(row.sequence) else None
+            self._store.keep(row.sequence.cache_salt, tokens, cache, awaited)
+
+
+def _comes_back(sequence: Sequence) -> bool:
+    """Whether a sequence that leaves the batch is queued again."""
+    return sequence.state is State.QUEUED

@@ -3,7 +3,7 @@
 Rows without a seed that are sampled alike have the same sampler object, because mlx_lm samples a batch in one go only
 when it finds one object for all of it. A row with a seed, with penalties, with a grammar, or whose log-probabilities
 are asked for has a ``RowSampler`` of its own. A row's randomness is then a function of its seed and of how many tokens
-it has, so that a seeded request draws the same numbers in any batch.
+it has, so that a seeded request draws the same numbers in any batch, and when it goes on behind what it said earlier.
 
 Order, as everywhere in this package: penalties, temperature, top_k, top_p, min_p. Penalties count generated tokens, not
 the prompt's. Log-probabilities are those of the model, before any of this.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from typing import Any, Protocol, TypeAlias
 
@@ -25,14 +25,13 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from asyncmodels.local.seeds import place_seed
 from asyncmodels.local.sequence import Sampling
 
 __all__ = ["Constrains", "Report", "RowSampler", "SampleRows", "shared_sampler"]
 
 SampleRows: TypeAlias = Callable[[mx.array], mx.array]
 """Log-probabilities [rows, vocabulary] to tokens [rows]."""
-
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 class Constrains(Protocol):
@@ -135,24 +134,34 @@ class Report:
 class RowSampler:
     """The sampler and the logits processor of one row that shares neither with others.
 
+    A row that goes on behind what it said earlier gets a new one: ``said`` are the tokens of then, as far as which the
+    ``constraint`` has gone.
+
     It never raises: an exception inside of a step would take the whole batch along. What goes wrong is left in
     ``error``, and the row says ``fallback`` until it is taken out.
     """
 
-    def __init__(self, sampling: Sampling, *, fallback: int, constraint: Constrains | None = None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        *,
+        fallback: int,
+        constraint: Constrains | None = None,
+        said: Sequence[int] = (),
+    ) -> None:
         self.error: Exception | None = None
         self.reports: deque[Report] = deque()
         """Those of the tokens that were sampled and not handed out yet."""
-        self.sampled = 0
-        """How many tokens there were before anything went wrong."""
+        self.sampled = len(said)
+        """How many tokens there were before anything went wrong, those of ``said`` included."""
         self._sampling = sampling
         self._sample: Callable[..., mx.array] = shared_sampler(sampling)
         self._fallback = fallback
         self._constraint = constraint
-        self._key = None if sampling.seed is None else mx.random.key(sampling.seed & _MASK64)
+        self._said = tuple(said)
         self._counts: mx.array | None = None
         self._last: mx.array | None = None
-        """The token that was sampled last, [1]."""
+        """The token that was sampled last, [1]; None as long as there is none but those of ``said``."""
 
     @staticmethod
     def needed(sampling: Sampling, constraint: Constrains | None) -> bool:
@@ -203,11 +212,12 @@ class RowSampler:
         return scores
 
     def _penalise(self, scores: mx.array) -> mx.array:
-        if self._last is None:
+        if self._counts is None:
             self._counts = mx.zeros((scores.shape[-1],))
-            return scores
-        assert self._counts is not None  # noqa: S101  # the first token made it
-        self._counts = self._counts.at[self._last].add(1.0)
+            if self._said:
+                self._counts = self._counts.at[mx.array(self._said)].add(1.0)
+        elif self._last is not None:
+            self._counts = self._counts.at[self._last].add(1.0)
         seen = mx.minimum(self._counts, 1.0)
         return scores - (self._sampling.frequency_penalty * self._counts + self._sampling.presence_penalty * seen)
 
@@ -223,10 +233,10 @@ class RowSampler:
         return scores + _opened(constraint.mask(width))[:width]
 
     def _draw(self, logprobs: mx.array) -> mx.array:
-        if self._sampling.greedy or self._key is None:
+        seed = self._sampling.seed
+        if self._sampling.greedy or seed is None:
             return self._sample(logprobs)
-        self._key, key = mx.random.split(self._key)
-        return self._sample(logprobs, key)
+        return self._sample(logprobs, mx.random.key(place_seed(seed, self.sampled)))
 
     def _forced(self, logits: mx.array) -> mx.array:
         tokens = mx.arange(logits.shape[-1])

@@ -17,6 +17,7 @@ from mlx_lm.utils import hf_repo_to_path
 
 from asyncmodels.errors import ModelLoadError
 from asyncmodels.local.memory import free_host_memory
+from asyncmodels.local.mlx_prefix import reusable
 from asyncmodels.local.runner import NativeCalls
 from asyncmodels.local.sequence import SamplingDefaults
 
@@ -42,8 +43,11 @@ class MLXWeights:
         self.native_thought = (wrapper.think_start, wrapper.think_end) if wrapper.has_thinking else None
         self.eos_token_ids = frozenset(int(token) for token in wrapper.eos_token_ids)
         self.config = config
-        self.batchable = all(hasattr(layer, "merge") for layer in make_prompt_cache(model))
+        cache = make_prompt_cache(model)
+        self.batchable = all(hasattr(layer, "merge") for layer in cache)
         """Whether the caches of several rows can be made into one."""
+        self.reusable = reusable(cache)
+        """Whether a row can go on from what was kept of it, however long it has become."""
         self._folder = folder
 
     @property

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import torch
 
+from asyncmodels.local.seeds import place_seed
+
 __all__ = ["gumbel", "key_halves", "uniform"]
 
 _MASK32 = 0xFFFFFFFF
-_MASK64 = 0xFFFFFFFFFFFFFFFF
 
 
 def key_halves(seed: int, place: int) -> tuple[int, int]:
-    """Two 32-bit numbers for the token at ``place`` in a text of this ``seed``, well mixed."""
-    key = _splitmix((seed & _MASK64) ^ _splitmix(place))
+    """Two 32-bit numbers for the token that is chosen after ``place`` others."""
+    key = place_seed(seed, place)
     return key & _MASK32, key >> 32
 
 
@@ -38,10 +39,3 @@ def uniform(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         x = x ^ (x >> 16)
     # 23 bits and a half: the largest value is the last float32 below 1.
     return ((x >> 9).float() + 0.5) * 2.0**-23
-
-
-def _splitmix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return value ^ (value >> 31)

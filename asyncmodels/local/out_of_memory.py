@@ -8,6 +8,8 @@ _WORDS = (
     "out of memory",  # torch on CUDA, MPS and XPU
     "can't allocate memory",  # torch on a CPU
     "unable to allocate",  # MLX
+    "resource limit (",  # MLX on Metal, of the number of arrays
+    "allowed buffer size",  # MLX on Metal, of the size of one
     "insufficient memory",  # Metal
 )
 

@@ -67,6 +67,11 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("[malloc_or_wait] Unable to allocate 80000000000 bytes."), True),
+        (RuntimeError("[metal::malloc] Resource limit (499000) exceeded."), True),
+        (
+            RuntimeError("[metal::malloc] Attempting to allocate 9 bytes: more than the maximum allowed buffer size"),
+            True,
+        ),
         (RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"), True),
         (RuntimeError("device-side assert"), False),
         (ValueError("out of memory"), False),
