@@ -140,7 +140,10 @@ def test_a_mixed_batch_that_comes_back_in_parts(drive: Drive) -> None:
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_a_paused_row_is_not_computed_anew(drive: Drive, name: str) -> None:
-    """What a row leaves behind when it is taken out is there when it comes back: one token goes through the model."""
+    """What a row leaves behind when it is taken out is there when it comes back: one token goes through the model.
+
+    And what it leaves behind in the end is its whole text.
+    """
     driver = drive()
     whole = make(driver, name)
     driver.run(whole)
@@ -158,6 +161,12 @@ def test_a_paused_row_is_not_computed_anew(drive: Drive, name: str) -> None:
     assert row.output == whole.output
     assert driver.runner.statistics()["prefilled_tokens"] - before - between == 1
     assert row.cached == first == 0
+    turn = driver.sequence(" and then?").prompt
+    again, anew = driver.sequence("x"), driver.sequence("x", salt="anew")
+    again.prompt = anew.prompt = (*row.text, *turn)
+    driver.run(again, anew)
+    assert (again.cached, anew.cached) == (row.length, 0)
+    assert again.output == anew.output
     driver.assert_empty()
 
 

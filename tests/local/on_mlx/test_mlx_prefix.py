@@ -90,6 +90,29 @@ def test_the_least_recently_used_goes() -> None:
     assert (len(store), store.bytes, store.find(None, words(LENGTH))) == (0, 0, (None, 0))
 
 
+def test_what_is_awaited_goes_last() -> None:
+    """As long as somebody is sure to come back to it, others make room; but never more bytes than are allowed."""
+    store = PrefixStore(3 * LENGTH * BYTES)
+    awaited = [True]
+    store.keep(None, words(LENGTH), kv(LENGTH), lambda: awaited[0])
+    for start in (1000, 2000, 3000):
+        store.keep(None, words(LENGTH, start), kv(LENGTH))
+    assert [store.find(None, words(LENGTH, start))[1] for start in (0, 1000, 2000, 3000)] == [39, 0, 39, 39]
+    awaited[0] = False
+    for start in (4000, 5000, 6000):
+        store.keep(None, words(LENGTH, start), kv(LENGTH))
+    assert store.find(None, words(LENGTH)) == (None, 0)
+    for start in (7000, 8000, 9000, 10_000):
+        store.keep(None, words(LENGTH, start), kv(LENGTH), lambda: True)
+    assert [store.find(None, words(LENGTH, start))[1] for start in (7000, 8000, 9000, 10_000)] == [0, 39, 39, 39]
+    assert store.bytes == 3 * LENGTH * BYTES
+    many = PrefixStore(10**9)
+    for start in range(80):
+        many.keep(None, words(16, 1000 * start), kv(16), lambda: True)
+    many.keep(None, words(16, 10**6), kv(16))
+    assert len(many) == 80
+
+
 def test_there_are_not_too_many() -> None:
     """However small they are: each lookup compares all of them."""
     store = PrefixStore(10**9)
