@@ -109,8 +109,14 @@ class MLXModel(LocalModel):
     ``agent_weights`` gives some agents more of the engine than others where they compete (``{"grader": 2.0}``, or a
     function of the agent; 1 is everybody's). A request whose ``timeout`` runs out in the queue never starts. A step of
     more than ``stuck_after`` seconds is reported by a warning (None: never). With a ``host``, an ``EngineHost``, the
-    model is loaded when it has room there, and makes way for others. Where memory runs out the batch is halved, and who
-    has no token yet is tried again.
+    model is loaded when it has room there, and makes way for others.
+
+    Where MLX reports that memory has run out the batch is halved: half of its rows go on, behind what they have said and
+    to the end that they would have come to, then the others; who runs out of memory alone, and once more, fails with an
+    EngineError. On a CPU MLX reports nothing and the process ends, which a smaller ``max_batch_tokens`` prevents. Of an
+    agent that crowds others some rows are paused, unless somebody streams them, and go on with what the prefix cache
+    keeps for them; no row is paused that would have to be worked off anew, because there is no such cache or the model
+    keeps windows or states instead of all keys and values.
 
     A request with a ``seed`` is sampled from numbers of its own, the same in any batch. Its logits, and those of greedy
     requests, can differ by rounding with the rows beside them, which shows only where two tokens are as good as equally

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from asyncmodels.local.mlx_runner import MLXRunner
 from asyncmodels.local.mlx_weights import MLXSpec
@@ -87,6 +89,17 @@ class Driver:
         assert not runner._by_uid
         assert not runner._pending
         assert runner._generator.prompt_cache_nbytes == 0
+
+
+def greedy(driver: Driver, prompt: tuple[int, ...], count: int) -> list[int]:
+    """What the bare model says, one token after the other, without any cache."""
+    model = driver.runner._weights.model  # type: ignore[union-attr]  # it is loaded
+    ids = list(prompt)
+    for _ in range(count):
+        logits = model(mx.array([ids]), cache=make_prompt_cache(model))
+        token: Any = mx.argmax(logits[0, -1]).item()
+        ids.append(token)
+    return ids[len(prompt) :]
 
 
 @pytest.fixture

@@ -11,22 +11,11 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from asyncmodels.local.runner import Failed, Sampled
-from tests.local.on_mlx.conftest import Driver
+from tests.local.on_mlx.conftest import Driver, greedy
 from tests.local.on_mlx.tiny_mlx import WINDOWED, build_tiny_model
 
 Drive = Callable[..., Driver]
 PROMPTS = ["hello there", "what is it? " * 6, "tell me", "x" * 60, "four", "the end of the world " * 4]
-
-
-def greedy(driver: Driver, prompt: tuple[int, ...], count: int) -> list[int]:
-    """What the bare model says, one token after the other, without any cache."""
-    model = driver.runner._weights.model  # type: ignore[union-attr]  # it is loaded
-    ids = list(prompt)
-    for _ in range(count):
-        logits = model(mx.array([ids]), cache=make_prompt_cache(model))
-        token: Any = mx.argmax(logits[0, -1]).item()
-        ids.append(token)
-    return ids[len(prompt) :]
 
 
 def test_what_it_says_of_itself(drive: Drive, kind: str) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import atexit
 import json
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import save_model
 
 from tests.local.tiny import CONTEXT, build_tokenizer
 
-__all__ = ["UNBATCHABLE", "WINDOWED", "build_tiny_model", "tiny_mlx_folder"]
+__all__ = ["CHUNKED", "HYBRID", "UNBATCHABLE", "WINDOWED", "build_tiny_model", "tiny_mlx_folder"]
 
 UNBATCHABLE = """
 from mlx_lm.models import llama
@@ -52,10 +52,52 @@ class Model(llama.Model):
 """One that looks back no further than 32 tokens."""
 
 
-def build_tiny_model(folder: Path, *, code: str | None = None, **changes: Any) -> Path:
-    """Writes a random Llama of two layers. Its logits are far apart, so that greedy decoding is stable.
+HYBRID: dict[str, Any] = {
+    "model_type": "lfm2",
+    "norm_eps": 1e-6,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "block_dim": 32,
+    "block_multiple_of": 8,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_auto_adjust_ff_dim": False,
+    "block_ff_dim": 64,
+    "full_attn_idxs": [1],
+}
+"""A convolution, which keeps a state instead of keys and values, before attention."""
 
-    ``code`` is its module, which mlx_lm runs instead of its own.
+CHUNKED: dict[str, Any] = {
+    "model_type": "llama4",
+    "text_config": {
+        "model_type": "llama4_text",
+        "attention_bias": False,
+        "attention_chunk_size": 24,
+        "head_dim": 8,
+        "hidden_size": 32,
+        "interleave_moe_layer_step": 4,
+        "intermediate_size": 64,
+        "intermediate_size_mlp": 64,
+        "max_position_embeddings": CONTEXT,
+        "num_attention_heads": 4,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 10_000.0,
+        "use_qk_norm": True,
+        "vocab_size": len(build_tokenizer()),
+    },
+}
+"""Attention to the present chunk of 24 tokens, in caches that cannot be merged, and to everything in every fourth."""
+
+
+def build_tiny_model(folder: Path, *, code: str | None = None, **changes: Any) -> Path:
+    """Writes a random model of two layers, a Llama unless ``changes`` name another ``model_type``.
+
+    Its logits are far apart, so that greedy decoding is stable. ``code`` is the module that mlx_lm runs, instead of one
+    of its own.
     """
     tokenizer = build_tokenizer()
     config: dict[str, Any] = {
@@ -72,7 +114,8 @@ def build_tiny_model(folder: Path, *, code: str | None = None, **changes: Any) -
         "tie_word_embeddings": False,
         **changes,
     }
-    model = Model(ModelArgs.from_dict(config))
+    module = import_module(f"mlx_lm.models.{config['model_type']}")
+    model = module.Model(module.ModelArgs.from_dict(config))
     key = mx.random.key(0)
     weights = []
     for name, array in tree_flatten(model.parameters()):
