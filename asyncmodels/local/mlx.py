@@ -111,12 +111,12 @@ class MLXModel(LocalModel):
     more than ``stuck_after`` seconds is reported by a warning (None: never). With a ``host``, an ``EngineHost``, the
     model is loaded when it has room there, and makes way for others.
 
-    Where MLX reports that memory has run out the batch is halved: half of its rows go on, behind what they have said and
-    to the end that they would have come to, then the others; who runs out of memory alone, and once more, fails with an
+    Where MLX reports that memory has run out the batch is halved: half of its rows go on, behind what they have said
+    and as they would have, then the others; who runs out of memory alone, and then once more, fails with an
     EngineError. On a CPU MLX reports nothing and the process ends, which a smaller ``max_batch_tokens`` prevents. Of an
     agent that crowds others some rows are paused, unless somebody streams them, and go on with what the prefix cache
-    keeps for them; no row is paused that would have to be worked off anew, because there is no such cache or the model
-    keeps windows or states instead of all keys and values.
+    keeps for them. Where it keeps nothing, or nothing that a row could go on with, as for models with windows or
+    states, nobody is paused.
 
     A request with a ``seed`` is sampled from numbers of its own, the same in any batch. Its logits, and those of greedy
     requests, can differ by rounding with the rows beside them, which shows only where two tokens are as good as equally

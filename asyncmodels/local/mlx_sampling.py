@@ -25,6 +25,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from asyncmodels.local.out_of_memory import out_of_memory
 from asyncmodels.local.seeds import place_seed
 from asyncmodels.local.sequence import Sampling
 
@@ -137,8 +138,9 @@ class RowSampler:
     A row that goes on behind what it said earlier gets a new one: ``said`` are the tokens of then, as far as which the
     ``constraint`` has gone.
 
-    It never raises: an exception inside of a step would take the whole batch along. What goes wrong is left in
-    ``error``, and the row says ``fallback`` until it is taken out.
+    It raises where memory has run out, because then the step of the whole batch may have failed, of which it is only
+    the first to hear, and never else: an exception inside of a step takes the whole batch along. What goes wrong with
+    the row is left in ``error``, and it says ``fallback`` until it is taken out.
     """
 
     def __init__(
@@ -185,7 +187,7 @@ class RowSampler:
         try:
             return self._process(logits)
         except Exception as error:
-            self.error = self.error or error
+            self._note(error)
             return self._forced(logits)
 
     def sample(self, logprobs: mx.array) -> mx.array:
@@ -193,9 +195,14 @@ class RowSampler:
             self._last = self._draw(logprobs)
             self.sampled += self.error is None
         except Exception as error:
-            self.error = self.error or error
+            self._note(error)
             self._last = mx.array([self._fallback], dtype=mx.uint32)
         return self._last
+
+    def _note(self, error: Exception) -> None:
+        if out_of_memory(error):
+            raise error
+        self.error = self.error or error
 
     def _process(self, logits: mx.array) -> mx.array:
         if self.error is not None:

@@ -169,3 +169,20 @@ def test_nothing_raises() -> None:
     nothing: Any = None
     assert broken.sample(nothing).tolist() == [2]
     assert broken.error is not None
+
+
+def test_memory_that_runs_out_is_everybodys_affair() -> None:
+    """It is the one thing that is raised, from either part: the step of the whole batch may have failed."""
+
+    class Starving(Only):
+        def mask(self, n_vocab: int) -> Any:
+            raise RuntimeError("[malloc] Unable to allocate 80000000000 bytes.")
+
+    row = RowSampler(Sampling(), fallback=2, constraint=Starving(1))
+    with pytest.raises(RuntimeError, match="Unable to allocate"):
+        row.process(mx.array([0]), logprobs())
+    row = RowSampler(Sampling(), fallback=2)
+    row._draw = Starving(1).mask  # type: ignore[assignment,method-assign]  # it fails as the other does
+    with pytest.raises(RuntimeError, match="Unable to allocate"):
+        row.sample(logprobs())
+    assert row.error is None
