@@ -92,7 +92,7 @@ class MLXRunner(Runner):
         self._gathered = 0
         self._moments = 0
         self._starved: Exception | None = None
-        """That memory ran out outside of a step, which the next one says."""
+        """That memory ran out outside of a step: the next one says so, whoever is in it."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -181,20 +181,24 @@ class MLXRunner(Runner):
         rows = [row for sequence in leaving if (row := self._rows.pop(sequence, None)) is not None]
         if not rows:
             return
-        try:
-            self._keep([row for row in rows if row.prefilled and (row.own is None or row.own.error is None)])
-        except Exception as error:
-            if self._store is None or not out_of_memory(error):
-                raise
-            # Those who stay need the memory more than those who may come; and it may be their own step that failed.
-            self._store.clear()
-            self._starved = error.with_traceback(None)
-        self._generator.remove([row.uid for row in rows])
         for row in rows:
             del self._by_uid[row.uid]
+        if self._starved is None:  # else nothing in the generator counts any more
+            try:
+                self._take_out(rows)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                # It may be the step of those who stay that failed.
+                self._starved = error.with_traceback(None)
         if not self._rows:
-            self._starved = None
+            if self._starved is not None and not self._pending:
+                self.reset()
             mx.clear_cache()
+
+    def _take_out(self, rows: list[_Row]) -> None:
+        self._keep([row for row in rows if row.prefilled and (row.own is None or row.own.error is None)])
+        self._generator.remove([row.uid for row in rows])
 
     def step(self) -> list[Output]:
         if self._starved is not None:
