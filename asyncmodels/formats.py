@@ -16,6 +16,7 @@ from types import GenericAlias
 from typing import Any, NoReturn
 
 from asyncmodels.errors import InvalidRequestError, ResponseFormatError
+from asyncmodels.plain_schema import doubtful_place
 from asyncmodels.strict import is_strict, resolve, strictened
 from asyncmodels.types import EBNF, Choice, Grammar, JSONSchema, Regex, Request, Response, ResponseFormat, evolve
 
@@ -25,6 +26,8 @@ from asyncmodels.types import EBNF, Choice, Grammar, JSONSchema, Regex, Request,
 __all__ = ["as_grammar", "as_response_format", "parse_response"]
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_LONGEST_DOUBTFUL = 20_000
+"""Characters of a schema that is checked by the schema of schemas, which takes some ten microseconds for each."""
 _SCHEMA_WORDS = frozenset(
     {"type", "properties", "items", "anyOf", "oneOf", "allOf", "enum", "const", "$ref", "$defs", "$schema", "required"}
 )
@@ -187,7 +190,13 @@ def _validator(text: str) -> Callable[[Any], None]:
     schema = json.loads(text)
     cls = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
     try:
-        cls.check_schema(schema)
+        doubtful = doubtful_place(schema)
+        if doubtful is not None and len(text) > _LONGEST_DOUBTFUL:
+            raise InvalidRequestError(
+                f"The JSON schema is not valid at {doubtful}, or too long for what it says there."
+            )
+        if doubtful is not None:
+            cls.check_schema(schema)
     except jsonschema.SchemaError as error:
         raise InvalidRequestError(
             f"The JSON schema is not valid at {error.json_path}: {_short(error.message)}."

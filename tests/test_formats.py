@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import dataclasses
 import json
 import socket
@@ -272,6 +273,25 @@ def test_later_changes_of_the_callers_dict_do_not_reach_the_format() -> None:
 def test_bad_schemas_are_refused_before_anything_is_sent(value: object, says: str) -> None:
     """A schema that is none, or that refers to what it does not contain, costs no request."""
     assert says in refused(value)
+
+
+def test_a_long_schema_does_not_hold_up_the_event_loop() -> None:
+    """A schema of thousands of properties is checked in one pass, without a validation of the schema by a schema."""
+    properties = {f"p{index}": {"type": "integer", "minimum": index} for index in range(8000)}
+    validated = cProfile.Profile()
+    with validated:
+        format = format_of({"type": "object", "properties": properties})
+    assert format.parse('{"p7": 8}') == {"p7": 8}
+    assert not any("iter_errors" in str(entry.code) for entry in validated.getstats())
+
+
+@pytest.mark.parametrize("fault", [{"type": "intger"}, {"minLength": -1}, {"anyOf": []}, {"pattern": "("}, {"not": 1}])
+def test_a_long_schema_that_is_wrong_is_refused_without_a_long_search(fault: dict[str, object]) -> None:
+    """Where a long schema says something wrong, the place is named, and nothing is looked for behind it."""
+    properties: dict[str, object] = {f"p{index}": {"type": "integer"} for index in range(8000)}
+    properties["p5"] = {"anyOf": [{"type": "string"}, fault]}
+    says = refused({"type": "object", "properties": properties})
+    assert f"$.properties.p5.anyOf[1].{next(iter(fault))}" in says
 
 
 def test_a_reference_is_never_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

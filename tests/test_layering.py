@@ -39,7 +39,8 @@ CORE: Mapping[str, set[str]] = {
     "roles": {"errors", "types"},
     "messages": {"errors", "images", "types"},
     "tools": {"errors", "types"},
-    "formats": {"errors", "strict", "types"},
+    "plain_schema": set(),
+    "formats": {"errors", "plain_schema", "strict", "types"},
     "request": {"errors", "formats", "messages", "tools", "types"},
     # the seam and the face
     "backend": {"errors", "recipe", "types"},
