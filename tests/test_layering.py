@@ -331,6 +331,7 @@ FOREIGN_LAZY: Mapping[str, set[str]] = {
 """Those that cost more than the module that needs them, and that most programs never need."""
 
 PURE = {
+    "agent_weights",
     "answer_parser",
     "backend",
     "deep_threads",

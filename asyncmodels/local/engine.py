@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from asyncmodels.clock import SYSTEM_CLOCK, Clock
 from asyncmodels.errors import ClosedError, ConfigurationError, ContextLengthError, EngineDeadError, InvalidRequestError
+from asyncmodels.local.agent_weights import AgentWeights
 from asyncmodels.local.gate import Gate, Ticket
 from asyncmodels.local.host import EngineHost
 from asyncmodels.local.job import Handle, Job
@@ -30,6 +31,9 @@ from asyncmodels.stopping import StopMatcher
 from asyncmodels.types import Request
 
 __all__ = ["Engine", "EngineStatistics", "check_whole"]
+
+_CHARACTERS = 4
+"""Of a text for each of its tokens, about."""
 
 
 class Engine:
@@ -80,21 +84,13 @@ class Engine:
         if when_full not in ("wait", "raise"):
             raise ConfigurationError(f'when_full must be "wait" or "raise", not {when_full!r}.')
         check_seconds("stuck_after", stuck_after)
-        if isinstance(agent_weights, Mapping):
-            for agent, weight in agent_weights.items():
-                _check_weight(agent, weight)
-            agent_weights = dict(agent_weights)
-        elif agent_weights is not None and not callable(agent_weights):
-            raise ConfigurationError(
-                f"agent_weights must be a mapping from agents to numbers or a function, not {agent_weights!r}."
-            )
         if host is not None and not isinstance(host, EngineHost):
             raise ConfigurationError(f"host must be an EngineHost, not {host!r}.")
         self.model_id = model_id
         self.max_new_tokens = max_new_tokens
         self.when_full = when_full
         self._isolate_agents = isolate_agents
-        self._agent_weights = agent_weights
+        self._weights = AgentWeights(agent_weights)
         self._factory = factory
         self._clock = clock
         self._place = None if host is None else host.place(self, model_id)
@@ -139,12 +135,15 @@ class Engine:
         template_kwargs(request)
         prompt_tokens(request)
         self._cache_salt(request)
+        _ignores_eos(request)
         stops = StopMatcher(request.stop_sequences)
-        weight = self._weight(request.agent)
+        weight = self._weights.of(request.agent)
         if self._place is None:
             await self._ready()
         wait = self.when_full == "wait"
-        ticket = await self._gate.enter(priority=request.priority, agent=request.agent, weight=weight, wait=wait)
+        ticket = await self._gate.enter(
+            priority=request.priority, agent=request.agent, weight=weight, tokens=self._guess(request), wait=wait
+        )
         try:
             if self._place is not None:
                 ticket.on_end = await self._place.resident.enter()
@@ -266,10 +265,10 @@ class Engine:
             sampling=Sampling.of(request, ready.info.sampling),
             constraint=prepared.constraint,
             images=prepared.images,
-            ignore_eos=bool(request.extra.get("ignore_eos", False)),
+            ignore_eos=_ignores_eos(request),
             cache_salt=self._cache_salt(request),
             agent=request.agent,
-            weight=self._weight(request.agent),
+            weight=self._weights.of(request.agent),
             priority=request.priority,
             queued_at=arrived,
             deadline=None if request.timeout is None else arrived + request.timeout,
@@ -293,21 +292,24 @@ class Engine:
             sampling=Sampling.of(request),
             cache_salt=self._cache_salt(request),
             agent=request.agent,
-            weight=self._weight(request.agent),
+            weight=self._weights.of(request.agent),
             priority=request.priority,
             queued_at=arrived,
             deadline=None if request.timeout is None else arrived + request.timeout,
         )
 
-    def _weight(self, agent: str | None) -> float:
-        weights = self._agent_weights
-        if weights is None:
-            return 1.0
-        if not callable(weights):
-            return 1.0 if agent is None else weights.get(agent, 1.0)
-        weight = weights(agent)
-        _check_weight(agent, weight)
-        return weight
+    def _guess(self, request: Request) -> int:
+        """About how many tokens a prompt has, as long as nobody has read it: texts have one for four characters."""
+        if self._gate.max_tokens is None:
+            return 0
+        ids = prompt_tokens(request)
+        if ids:
+            return len(ids)
+        said = sum(len(message.text) for message in request.messages)
+        if request.score is None or request.score.prompt is None:
+            return said // _CHARACTERS
+        prompt = request.score.prompt
+        return len(prompt) // _CHARACTERS if isinstance(prompt, str) else len(prompt)
 
     def _cache_salt(self, request: Request) -> str | None:
         salt = request.extra.get("cache_salt")
@@ -357,6 +359,13 @@ class Engine:
         return "running" if worker.ready.done else "loading"
 
 
+def _ignores_eos(request: Request) -> bool:
+    ignores = request.extra.get("ignore_eos", False)
+    if not isinstance(ignores, bool):
+        raise InvalidRequestError(f"ignore_eos must be True or False, not {ignores!r}.")
+    return ignores
+
+
 def _keys(name: object, arguments: object) -> Keys:
     for parameter, key in (("tool_name_key", name), ("tool_arguments_key", arguments)):
         if not isinstance(key, str) or not key:
@@ -381,8 +390,3 @@ def check_seconds(name: str, value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigurationError(f"{name} must be a number of seconds above 0, or None, not {value!r}.")
-
-
-def _check_weight(agent: object, weight: object) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        raise ConfigurationError(f"The weight of agent {agent!r} must be a number above 0, not {weight!r}.")

@@ -27,16 +27,17 @@ class Ticket:
 
     __slots__ = ("_gate", "_released", "_tokens", "on_end")
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Gate, tokens: int) -> None:
         self._gate = gate
         self._released = False
-        self._tokens = 0
+        self._tokens = tokens
         self.on_end: Callable[[], None] | None = None
 
-    def charge(self, tokens: int) -> None:
-        """Says how long the queued prompt is."""
-        self._tokens = tokens
-        self._gate._add_tokens(tokens)
+    def charge(self, tokens: int, post: Post = post_now) -> None:
+        """Says how long the prompt really is. The last word counts, however often it is said."""
+        if not self._released:
+            more, self._tokens = tokens - self._tokens, tokens
+            self._gate._add_tokens(more, post)
 
     def release(self, post: Post = post_now) -> None:
         if not self._released:
@@ -51,12 +52,13 @@ class Ticket:
 
 
 class _Waiter:
-    __slots__ = ("agent", "future", "granted", "loop", "priority", "weight")
+    __slots__ = ("agent", "future", "granted", "loop", "priority", "tokens", "weight")
 
-    def __init__(self, priority: int, agent: str | None, weight: float) -> None:
+    def __init__(self, priority: int, agent: str | None, weight: float, tokens: int) -> None:
         self.priority = priority
         self.agent = agent
         self.weight = weight
+        self.tokens = tokens
         self.granted = False
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = self.loop.create_future()
@@ -65,7 +67,8 @@ class _Waiter:
 class Gate:
     """Lets ``max_requests`` requests, and prompts of about ``max_tokens`` tokens together, be queued at once.
 
-    The tokens of a prompt are known only when it was let in, so the last one may go over.
+    The tokens of a prompt are known only when it was let in, so it is let in by what is guessed, and the last one may
+    go over.
     """
 
     def __init__(self, *, max_requests: int, max_tokens: int | None = None) -> None:
@@ -91,20 +94,24 @@ class Gate:
         return len(self._waiters)
 
     async def enter(
-        self, *, priority: int = 0, agent: str | None = None, weight: float = 1.0, wait: bool = True
+        self, *, priority: int = 0, agent: str | None = None, weight: float = 1.0, tokens: int = 0, wait: bool = True
     ) -> Ticket:
-        """Waits for a ticket. With ``wait`` False a full queue is a QueueFullError at once."""
+        """Waits for a ticket; ``tokens`` is a guess at the prompt's, until the ticket is charged with the true ones.
+
+        With ``wait`` False a full queue is a QueueFullError at once.
+        """
         with self._lock:
             if self._closed is not None:
                 raise fresh(self._closed)
             if not self._waiters and self._open():
                 self._inside += 1
-                return Ticket(self)
+                self._tokens += tokens
+                return Ticket(self, tokens)
             if not wait:
                 raise QueueFullError(
                     f"The engine's queue is full: {self._inside} requests with {self._tokens} prompt tokens are queued."
                 )
-            waiter = _Waiter(priority, agent, weight)
+            waiter = _Waiter(priority, agent, weight, tokens)
             self._counters.enter(agent)
             self._waiters.push(waiter)
         try:
@@ -112,7 +119,7 @@ class Gate:
         except BaseException:
             self._leave(waiter)
             raise
-        return Ticket(self)
+        return Ticket(self, tokens)
 
     def close(self, error: Exception) -> None:
         """Turns away everybody who waits, and everybody who comes later, with a copy of ``error``."""
@@ -127,16 +134,18 @@ class Gate:
     def _open(self) -> bool:
         return self._inside < self.max_requests and (self.max_tokens is None or self._tokens < self.max_tokens)
 
-    def _add_tokens(self, tokens: int) -> None:
+    def _add_tokens(self, tokens: int, post: Post) -> None:
         with self._lock:
             self._tokens += tokens
+            if tokens < 0:
+                self._admit(post)
 
     def _leave(self, waiter: _Waiter) -> None:
         with self._lock:
             if waiter in self._waiters:
                 self._drop(waiter)
         if waiter.granted:
-            self._release(0, post_now)
+            self._release(waiter.tokens, post_now)
 
     def _drop(self, waiter: _Waiter) -> None:
         self._waiters.remove(waiter)
@@ -146,14 +155,19 @@ class Gate:
         with self._lock:
             self._inside -= 1
             self._tokens -= tokens
-            while self._waiters and self._open():
-                waiter = self._waiters.pop()
-                assert waiter is not None  # noqa: S101  # the queue is not empty
-                self._counters.charge_input(waiter.agent, 1 / waiter.weight)
-                self._counters.leave(waiter.agent)
-                if post(waiter.loop, _admit, waiter.future):
-                    waiter.granted = True
-                    self._inside += 1
+            self._admit(post)
+
+    def _admit(self, post: Post) -> None:
+        """Lets in whoever has room now. Called with the lock."""
+        while self._waiters and self._open():
+            waiter = self._waiters.pop()
+            assert waiter is not None  # noqa: S101  # the queue is not empty
+            self._counters.charge_input(waiter.agent, 1 / waiter.weight)
+            self._counters.leave(waiter.agent)
+            if post(waiter.loop, _admit, waiter.future):
+                waiter.granted = True
+                self._inside += 1
+                self._tokens += waiter.tokens
 
 
 def _admit(future: asyncio.Future[None]) -> None:

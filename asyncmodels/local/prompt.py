@@ -237,9 +237,13 @@ def template_kwargs(request: Request) -> Mapping[str, Any]:
 
 def prompt_tokens(request: Request) -> tuple[int, ...]:
     """The token ids that ``request`` has in place of its messages. Raises InvalidRequestError for what are none."""
-    ids = request.extra.get("prompt_token_ids", ())
-    if not isinstance(ids, list | tuple) or not all(type(token) is int and token >= 0 for token in ids):
-        raise InvalidRequestError("prompt_token_ids must be a list of token ids, whole numbers from 0 on.")
+    ids = request.extra.get("prompt_token_ids")
+    if ids is None:
+        return ()
+    if not isinstance(ids, list | tuple) or not ids or not all(type(token) is int and token >= 0 for token in ids):
+        raise InvalidRequestError(
+            "prompt_token_ids must be a list of token ids, whole numbers from 0 on, at least one."
+        )
     return tuple(ids)
 
 

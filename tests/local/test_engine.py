@@ -397,6 +397,8 @@ async def test_without_max_tokens(start: Start, runner: Any, ask: Ask) -> None:
         ({"temperature": -1}, InvalidRequestError),
         ({"stop_sequences": ("",)}, InvalidRequestError),
         ({"extra": {"chat_template_kwargs": 3}}, InvalidRequestError),
+        ({"extra": {"ignore_eos": "no"}}, InvalidRequestError),
+        ({"extra": {"prompt_token_ids": []}}, InvalidRequestError),
     ],
     ids=str,
 )
@@ -443,6 +445,19 @@ async def test_the_smallest_settings(start: Start, runner: Any, ask: Ask) -> Non
     )
     responses = await asyncio.gather(*(answer(engine, ask("x")) for _ in range(5)))
     assert [response.content for response in responses] == ["a"] * 5
+
+
+async def test_prompts_that_come_at_once_are_too_much_together(start: Start, runner: Any, ask: Ask) -> None:
+    """A burst of prompts does not slip into the queue before anybody knows how long they are."""
+    engine = start(runner, max_batch_size=1, max_queued_tokens=100, when_full="raise")
+    await engine.start()
+    runner.go.clear()
+    calls = [asyncio.create_task(answer(engine, ask("word " * 40, max_tokens=1))) for _ in range(20)]
+    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    assert sum(call.done() for call in calls) == 18
+    runner.go.set()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert sum(isinstance(outcome, QueueFullError) for outcome in outcomes) == 18
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

@@ -42,6 +42,53 @@ async def test_prompt_tokens_fill_the_queue() -> None:
     (await gate.enter(wait=False)).release()
 
 
+async def test_a_guess_counts_until_the_true_length_is_known() -> None:
+    """Prompts that nobody has read close the gate by what is guessed of them, and open it where that was too much."""
+    gate = Gate(max_requests=10, max_tokens=100)
+    ticket = await gate.enter(tokens=60)
+    other = await gate.enter(tokens=60)
+    with pytest.raises(QueueFullError, match="120 prompt tokens"):
+        await gate.enter(tokens=1, wait=False)
+    waiting = [asyncio.create_task(gate.enter(tokens=70)) for _ in range(2)]
+    await settle()
+    ticket.charge(30)
+    await settle()
+    assert (gate.inside, gate.waiting) == (3, 1)
+    (await waiting[0]).release()
+    await settle()
+    assert (gate.inside, gate.waiting) == (3, 0)
+    for each in (ticket, other, await waiting[1]):
+        each.release()
+    tickets = [await gate.enter(wait=False) for _ in range(10)]
+    with pytest.raises(QueueFullError, match="10 requests with 0 prompt tokens"):
+        await gate.enter(wait=False)
+    assert len(tickets) == gate.inside
+
+
+async def test_charging_twice_counts_once() -> None:
+    """A prompt that is read again, because the engine was started again, takes its tokens once."""
+    gate = Gate(max_requests=10, max_tokens=100)
+    ticket = await gate.enter(tokens=5)
+    ticket.charge(90)
+    ticket.charge(90)
+    ticket.release()
+    ticket.charge(90)
+    (await gate.enter(tokens=99, wait=False)).release()
+    assert await gate.enter(wait=False)
+
+
+async def test_waiters_that_are_cancelled_take_no_tokens() -> None:
+    """Whoever is let in and cancelled at that moment gives the tokens of his guess back."""
+    gate = Gate(max_requests=1, max_tokens=10)
+    ticket = await gate.enter(tokens=9)
+    waiting = asyncio.create_task(gate.enter(tokens=10))
+    await settle()
+    ticket.release()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert await gate.enter(tokens=10, wait=False)
+
+
 async def test_releasing_twice_counts_once() -> None:
     """A ticket gives back one place, however often it is released."""
     gate = Gate(max_requests=2)

@@ -272,7 +272,9 @@ async def test_weights_by_agent(start: Start, runner: Any, ask: Ask, by: str) ->
     assert agents.count("grader") == 9
 
 
-@pytest.mark.parametrize("weights", [{"a": 0}, {"a": -1.0}, {"a": "2"}, {"a": float("inf")}, {"a": True}, 3, ["a"]])
+@pytest.mark.parametrize(
+    "weights", [{"a": 0}, {"a": -1.0}, {"a": "2"}, {"a": float("inf")}, {"a": True}, {1: 2.0}, 3, ["a"]]
+)
 def test_weights_that_make_no_sense(weights: Any) -> None:
     """A weight is a number above 0."""
     with pytest.raises(ConfigurationError, match="weight"):
@@ -285,6 +287,14 @@ async def test_a_function_of_weights_that_is_wrong(start: Start, runner: Any, as
     with pytest.raises(ConfigurationError, match=r"'bad' must be a number above 0, not 0\.0"):
         await answer(engine, ask(agent="bad"))
     assert (await answer(engine, ask(max_tokens=1))).content == "a"
+
+
+async def test_a_function_of_weights_that_fails(start: Start, runner: Any, ask: Ask) -> None:
+    """It is an error of ours that says whose it was."""
+    engine = start(runner, agent_weights={"good": 1.0}.__getitem__)
+    with pytest.raises(ConfigurationError, match=r"agent_weights failed for agent 'bad' \(KeyError: 'bad'\)"):
+        await answer(engine, ask(agent="bad"))
+    assert (await answer(engine, ask(max_tokens=1, agent="good"))).content == "a"
 
 
 @pytest.mark.parametrize("seconds", [0, -1, "x", True, float("nan"), float("inf")])
