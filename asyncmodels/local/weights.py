@@ -81,13 +81,17 @@ def load_weights(spec: WeightsSpec) -> Weights:
 
 
 def _load(spec: WeightsSpec) -> Weights:
-    common = {"trust_remote_code": spec.trust_remote_code}
+    given = dict(spec.model_kwargs)
+    device_map = _once("device_map", spec.device_map, given, "device_map")
+    wanted = _once("torch_dtype", spec.torch_dtype, given, "dtype", "torch_dtype")
+    common = {"trust_remote_code": bool(given.pop("trust_remote_code", False)) or spec.trust_remote_code}
     source = {key: spec.model_kwargs[key] for key in _SOURCE if key in spec.model_kwargs}
     config = spec.model_kwargs.get("config") or AutoConfig.from_pretrained(spec.model_id, **common, **source)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(f"The model {spec.model_id!r} is an encoder-decoder; only decoders can be batched here.")
-    device_map = spec.device_map if spec.device_map is not None else _best_device()
-    kwargs = {"dtype": _dtype(spec.torch_dtype, str(device_map), config), **common, **spec.model_kwargs}
+    if device_map is None:
+        device_map = _best_device()
+    kwargs = {"dtype": _dtype(wanted, _on_cpu(device_map), config), **common, **given}
     if str(device_map) != "cpu":
         kwargs["device_map"] = device_map
     tokenizer = AutoTokenizer.from_pretrained(spec.model_id, **common, **source)
@@ -101,6 +105,15 @@ def _load(spec: WeightsSpec) -> Weights:
     return Weights(model, tokenizer, sight)
 
 
+def _once(name: str, own: Any, given: dict[str, Any], *names: str) -> Any:
+    """What was said by the parameter ``name``, or by one of ``names`` among the keywords, which are taken out."""
+    said = [own, *(given.pop(other, None) for other in names)]
+    values = [value for value in said if value is not None]
+    if len(values) > 1:
+        raise ModelLoadError(f"{name} is given more than once, by itself and in model_kwargs; give it once.")
+    return values[0] if values else None
+
+
 _SOURCE = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
@@ -110,7 +123,19 @@ def _best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _dtype(wanted: Any, device: str, config: Any) -> Any:
+def _on_cpu(device_map: Any) -> bool:
+    """Whether the model will run on the CPU."""
+    if isinstance(device_map, Mapping):
+        return all(_on_cpu(device) or device == "disk" for device in device_map.values())
+    # Anything but the name of a device leaves the choice to accelerate, which takes what is best.
+    name = str(device_map)
+    return (_best_device() if name in _CHOOSING else name).partition(":")[0] == "cpu"
+
+
+_CHOOSING = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _dtype(wanted: Any, on_cpu: bool, config: Any) -> Any:
     if isinstance(wanted, torch.dtype):
         return wanted
     if wanted not in (None, "auto"):
@@ -118,7 +143,7 @@ def _dtype(wanted: Any, device: str, config: Any) -> Any:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ModelLoadError(f'torch_dtype must be "auto", "bfloat16", "float16" or "float32", not {wanted!r}.')
         return dtype
-    if device != "cpu":
+    if not on_cpu:
         return "auto"
     own = getattr(config, "dtype", None)
     if own in (torch.bfloat16, torch.float16, "bfloat16", "float16") and _cpu_has_bfloat16():
