@@ -47,7 +47,9 @@ def sampling_defaults(config: Any) -> SamplingDefaults:
 def free_memory(device: torch.device) -> int:
     """Bytes that may be used on ``device``."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch keeps of memory that was freed is no longer the device's, but can be had again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return free_host_memory()

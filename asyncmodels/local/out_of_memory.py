@@ -6,6 +6,7 @@ __all__ = ["out_of_memory"]
 
 _WORDS = (
     "out of memory",  # torch on CUDA, MPS and XPU
+    "status_alloc_failed",  # cuBLAS and cuDNN, which take memory of their own
     "can't allocate memory",  # torch on a CPU
     "unable to allocate",  # MLX
     "resource limit (",  # MLX on Metal, of the number of arrays

@@ -64,6 +64,8 @@ class OutOfMemoryError(RuntimeError):
         (MemoryError(), True),
         (OutOfMemoryError("CUDA: tried to allocate 2 GiB"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), False),
         (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("[malloc_or_wait] Unable to allocate 80000000000 bytes."), True),

@@ -12,6 +12,7 @@ import torch
 
 from asyncmodels.errors import ModelLoadError
 from asyncmodels.local import weights
+from asyncmodels.local.model_facts import free_memory
 from asyncmodels.local.weights import WeightsSpec, load_weights
 
 
@@ -65,3 +66,11 @@ def test_what_is_said_twice_is_refused(half: str, own: dict[str, Any], given: di
     """Nobody knows which of two is meant."""
     with pytest.raises(ModelLoadError, match="given more than once"):
         load_weights(WeightsSpec(model_id=half, model_kwargs=given, **own))
+
+
+def test_memory_that_torch_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a model has left behind in torch's own hands can be had by the next one, though the device has it no more."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * 2**30, 24 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 18 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4 * 2**30)
+    assert free_memory(torch.device("cuda", 0)) == 19 * 2**30
