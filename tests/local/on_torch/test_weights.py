@@ -69,7 +69,7 @@ def test_what_is_said_twice_is_refused(half: str, own: dict[str, Any], given: di
 
 
 def test_memory_that_torch_keeps_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a model has left behind in torch's own hands can be had by the next one, though the device has it no more."""
+    """What a model has left behind in the hands of torch can be had by the next one."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * 2**30, 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 18 * 2**30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 4 * 2**30)
