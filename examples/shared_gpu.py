@@ -11,7 +11,7 @@ import random
 import sys
 import time
 
-from rich.console import Group
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
@@ -39,6 +39,12 @@ class Agent:
             self.waits.append(response.timing.queued or 0.0)
 
 
+def count(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, not {text}")
+    return int(text)
+
+
 def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
@@ -64,10 +70,10 @@ def picture(model: asyncmodels.Model, agents: list[Agent]) -> Group:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or a repository of the Hugging Face Hub, instead of SmolLM2")
-    parser.add_argument("--agents", type=int, default=50)
-    parser.add_argument("--turns", type=int, default=2, help="questions of each agent")
-    parser.add_argument("--tokens", type=int, default=24, help="of each answer")
-    parser.add_argument("--batch", type=int, default=16, help="requests that run at once")
+    parser.add_argument("--agents", type=count, default=50)
+    parser.add_argument("--turns", type=count, default=2, help="questions of each agent")
+    parser.add_argument("--tokens", type=count, default=24, help="of each answer")
+    parser.add_argument("--batch", type=count, default=16, help="requests that run at once")
     options = parser.parse_args()
 
     print("Loading the model ...")
@@ -75,8 +81,11 @@ async def main() -> None:
     async with asyncmodels.load(name, temperature=0.7, max_batch_size=options.batch) as model:
         agents = [Agent(number) for number in range(options.agents)]
         started = time.perf_counter()
-        with Live(get_renderable=lambda: picture(model, agents), refresh_per_second=4):
+        console = Console()
+        with Live(console=console, get_renderable=lambda: picture(model, agents), refresh_per_second=4):
             await asyncio.gather(*(agent.work(model, options.turns, options.tokens) for agent in agents))
+        if not console.is_terminal:
+            print()  # Live ends its last line on terminals alone
         answers = sum(len(agent.waits) for agent in agents)
         print(f"{answers} answers for {len(agents)} agents in {time.perf_counter() - started:.0f} s")
 
@@ -84,5 +93,7 @@ async def main() -> None:
 if __name__ == "__main__":
     try:
         asyncio.run(main())
+    except asyncmodels.AsyncModelsError as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
