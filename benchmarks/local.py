@@ -6,6 +6,13 @@ Three ways of answering the same prompts with the same number of tokens, greedil
 token: our engine with one awaiting task per agent; a bare loop over ``model.forward`` with all prompts in one static,
 left-padded batch; and ``model.generate`` one prompt at a time (measured on a few of them). They take turns, and the
 medians of all rounds are compared. Then the lag of an event loop is measured while many requests run.
+
+    python benchmarks/local.py --table --device cuda --shape 1b
+
+measures this and all other figures of local engines, one script after the other, on one model: agents of mixed lengths
+and a shared system prompt (``local_mixed.py``), fairness and cancelling (``local_agents.py``), grammars
+(``grammar.py``), and vLLM and MLX beside themselves where they are installed (``vllm_engine.py``, ``mlx_engine.py``).
+``--shape`` makes a model with random weights, where there are none that are worth the device.
 """
 
 from __future__ import annotations
@@ -13,8 +20,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import importlib.util
 import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +33,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere, by its path
+
 from asyncmodels.local.smollm import smollm_path
 from asyncmodels.local.transformers import TransformersBackend
 from asyncmodels.types import Message, Request
+from benchmarks.random_weights import SHAPES, write_model  # found by the line above
 
 TOPICS = ("tides", "glass", "bread", "maps", "bees", "clocks", "rain", "chess", "salt", "bridges", "owls")
 LAG_TICK = 0.005
@@ -208,6 +222,36 @@ def report(result: dict[str, Any]) -> None:
         )
 
 
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def measure_table(options: argparse.Namespace) -> int:
+    """Runs all scripts on the model of ``options``, and says which of them failed."""
+    model = ["--model", options.model or str(smollm_path())]
+    here = ["--device", options.device]
+    quick = ["--quick"] if options.quick else []
+    few = ["fairness", "cancelling", "--tokens", "4", "--rounds", "1", "--survive", "20"] if options.quick else []
+    scripts = {
+        "local.py": [*model, *here, "--dtype", options.dtype, *quick],
+        "local_mixed.py": [*model, *here, "--dtype", options.dtype, *quick],
+        "local_agents.py": [*few, *model, *here],
+        "grammar.py": [*model, *here, "--dtype", options.dtype, *(["--rows", "4", "--rounds", "1"] if quick else [])],
+    }
+    if importlib.util.find_spec("vllm") is not None:
+        scripts["vllm_engine.py"] = [*model, "--set", json.dumps({"dtype": options.dtype})]
+    if importlib.util.find_spec("mlx") is not None:
+        scripts["mlx_engine.py"] = quick
+    failed = []
+    for script, arguments in scripts.items():
+        print(f"\n== {script} {' '.join(arguments)}", flush=True)
+        if subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments], check=False).returncode:
+            failed.append(script)
+    print(
+        f"\n{len(scripts) - len(failed)} of {len(scripts)} scripts ran" + "".join(f"; {name} failed" for name in failed)
+    )
+    return len(failed)
+
+
 def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
@@ -217,6 +261,8 @@ def best_device() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder or name (SmolLM2-135M-Instruct)")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of this shape instead, with that tokenizer")
+    parser.add_argument("--table", action="store_true", help="run all benchmarks of local engines on this model")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), default=best_device())
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--agents", type=int, default=32)
@@ -231,7 +277,15 @@ def main() -> None:
     if options.quick:
         options.agents, options.tokens, options.rounds, options.singles = min(options.agents, 8), 16, 1, 1
         options.lag_requests, options.lag_tokens = 16, 4
-    result = asyncio.run(measure(options))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.shape is not None:
+            source = options.model or str(smollm_path())
+            options.model = write_model(
+                Path(folder), options.shape, tokenizer=source, device=options.device, dtype=options.dtype
+            )
+        if options.table:
+            sys.exit(1 if measure_table(options) else 0)
+        result = asyncio.run(measure(options))
     report(result)
     if options.json:
         options.json.write_text(json.dumps(result, indent=2) + "\n")

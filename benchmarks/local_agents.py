@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", help=f"which of {', '.join(ROWS)}; all unless given")
     parser.add_argument("--simulated", action="store_true", help="steps of a fixed length instead of a model")
     parser.add_argument("--model", help="a model folder instead of SmolLM2")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", help="the best there is, unless given")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=24, help="of a light agent's answer")
     parser.add_argument("--rounds", type=int, default=5, help="questions of each light agent")
@@ -303,6 +303,9 @@ def main() -> None:
     parser.add_argument("--lag-tokens", type=int, default=8)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    for name in options.rows:
+        if name not in ROWS:
+            parser.error(f"there is no row {name!r}; the rows are {', '.join(ROWS)}")
     results: dict[str, Any] = {}
     for name in options.rows or ROWS:
         results[name] = asyncio.run(ROWS[name](options))

@@ -47,8 +47,6 @@ from transformers import (
     AutoTokenizer,
     ContinuousBatchingConfig,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # so that it runs from anywhere, by its path
@@ -58,15 +56,9 @@ from asyncmodels.local.transformers import TransformersBackend
 from asyncmodels.local.weights import WeightsSpec, shared_weights
 from asyncmodels.types import Message, Request
 from benchmarks.bare_calls import Recorder, bare  # found by the line above
+from benchmarks.random_weights import SHAPES, write_model
 
 WORDS = ("tides", "glass", "bread", "maps", "bees", "clocks", "rain", "chess", "salt", "bridges", "owls", "and", "of")
-SHAPES = {
-    "tiny": (256, 4, 4, 2, 688),
-    "1b": (2048, 16, 32, 8, 8192),
-    "7b": (4096, 32, 32, 8, 14336),
-}
-"""Random weights: hidden size, layers, heads, heads of keys and values, width of the feed-forward part."""
-
 PARTS = ("mixed", "shared")
 SIDES = {
     "engine": "engine",
@@ -310,21 +302,8 @@ async def measure_shared(path: str, options: argparse.Namespace, prompts: Prompt
 def model_folder(options: argparse.Namespace, folder: Path) -> str:
     if options.shape is None:
         return options.model or str(smollm_path())
-    tokenizer = AutoTokenizer.from_pretrained(options.model or str(smollm_path()))
-    hidden, layers, heads, kv_heads, inner = SHAPES[options.shape]
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=inner,
-        max_position_embeddings=8192,
-    )
-    with torch.device(options.device):
-        LlamaForCausalLM(config).to(getattr(torch, options.dtype)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    tokenizer = options.model or str(smollm_path())
+    return write_model(folder, options.shape, tokenizer=tokenizer, device=options.device, dtype=options.dtype)
 
 
 async def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -405,6 +384,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small round, to see that it runs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     options = parser.parse_args()
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(f"there is no part {part!r}; the parts are {', '.join(PARTS)}")
     if options.quick:
         options.agents, options.longest, options.most, options.over = min(options.agents, 8), 60, 12, 0.5
         options.system, options.singles, options.rounds = 128, 1, 1
