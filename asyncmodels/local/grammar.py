@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asyncmodels.errors import EngineError, InvalidRequestError, MissingExtraError, UnsupportedError
-from asyncmodels.local.json_grammar import BoundedLark, normalised_schema, too_large
+from asyncmodels.local.json_grammar import LONGEST_TEXT, BoundedLark, normalised_schema, too_large
 from asyncmodels.types import EBNF, Choice, Grammar, JSONSchema, Regex
 
 try:
@@ -50,9 +50,7 @@ def validate(grammar: Grammar) -> Grammar:
     """
     _require()
     normal = _normalised(grammar)
-    failed, messages = llguidance.LLMatcher.validate_grammar_with_warnings(_source(normal), limits=_limits())
-    if failed:
-        raise _refusal(grammar, messages[0])
+    _matcher(_bytes(), grammar, normal)
     return normal
 
 
@@ -89,11 +87,7 @@ class GrammarCompiler:
                 self._compiled.move_to_end(source)
                 return Constraint(compiled.deep_copy())
         # Two threads may compile the same at once, but neither waits for what others compile.
-        compiled = llguidance.LLMatcher(self._tokenizer, source, log_level=0, limits=_limits())
-        if not compiled.is_error():
-            compiled.compute_bitmask()  # the first is the slowest: its work stays in the copies
-        if compiled.is_error():
-            raise _refusal(grammar, compiled.get_error())
+        compiled = _matcher(self._tokenizer, grammar, normal)
         with self._lock:
             self._compiled[source] = compiled
             if len(self._compiled) > _REMEMBERED:
@@ -214,6 +208,29 @@ def _require() -> None:
         )
 
 
+def _matcher(tokenizer: llguidance.LLTokenizer, grammar: Grammar, normal: Grammar) -> llguidance.LLMatcher:
+    """One at its beginning, for ``grammar`` in its normal form.
+
+    Raises for what is wrong with it, as far as that shows before there is a choice of what to say.
+    """
+    matcher = llguidance.LLMatcher(tokenizer, _source(normal), log_level=0, limits=_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()  # the first is the slowest: its work stays in the copies
+    ahead = matcher.deep_copy()
+    if not ahead.is_error():
+        ahead.consume_tokens(ahead.compute_ff_tokens())
+    if not (ahead.is_error() or ahead.is_stopped()):
+        ahead.compute_bitmask()
+    if ahead.is_error():
+        raise _refusal(grammar, ahead.get_error())
+    return matcher
+
+
+@cache
+def _bytes() -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer("byte")
+
+
 def _limits() -> llguidance.LLParserLimits:
     # A mask may take some ten milliseconds at most, and a state of the lexer is up to two kilobytes.
     return llguidance.LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
@@ -236,11 +253,15 @@ def _normalised(grammar: Grammar) -> Grammar:
     if isinstance(grammar, EBNF) and not isinstance(grammar, BoundedLark):
         return EBNF(_as_lark(grammar.grammar))
     if isinstance(grammar, Choice):
-        length = sum(map(len, grammar.options))
+        length, longest = sum(map(len, grammar.options)), max(map(len, grammar.options), default=0)
+    elif isinstance(grammar, Regex):
+        length = longest = len(grammar.pattern)
     else:
-        length = len(grammar.pattern if isinstance(grammar, Regex) else grammar.grammar)
+        length, longest = len(grammar.grammar), 0
     if length > _LONGEST:
         raise too_large(f"it has {length} characters")
+    if longest > LONGEST_TEXT:
+        raise too_large(f"it has a text of {longest} characters")
     return grammar
 
 
@@ -271,6 +292,9 @@ def _as_lark(text: str) -> str:
         raise too_large(f"it has {len(text)} characters")
     if text.count(":") > _MOST_RULES:
         raise too_large(f"it has more than {_MOST_RULES} rules")
+    longest = max(map(len, text.splitlines()), default=0)
+    if longest > LONGEST_TEXT:
+        raise too_large(f"it has a line of {longest} characters")
     try:
         return str(any_to_lark(text))
     except RecursionError as error:

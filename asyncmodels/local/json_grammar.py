@@ -16,7 +16,10 @@ from urllib.parse import unquote
 from asyncmodels.errors import InvalidRequestError
 from asyncmodels.types import EBNF
 
-__all__ = ["BoundedLark", "normalised_schema", "too_large"]
+__all__ = ["LONGEST_TEXT", "BoundedLark", "normalised_schema", "too_large"]
+
+LONGEST_TEXT = 20_000
+"""Characters of a text that has to be said as it stands: for each of them every mask takes half a microsecond."""
 
 _DEEPEST = 100
 """Levels of a schema."""
@@ -24,6 +27,7 @@ _DEEPEST_TOGETHER = 1500
 """Levels of a schema and of every part of it that is referred to, all together."""
 _FORMATS = frozenset({"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"})
 _OPTIONS: Mapping[str, Any] = {"whitespace_pattern": r"( |\n {0,24})?", "coerce_one_of": True}
+_NOTES = frozenset({"$comment", "default", "description", "title"})
 _ONE = ("items", "additionalItems", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
 _EACH = ("prefixItems", "anyOf", "oneOf", "allOf", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -45,6 +49,9 @@ def normalised_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         raise too_large(f"its schema is nested deeper than {_DEEPEST} levels")
     if depth + sum(_depth(_target(schema, reference)) for reference in _references(schema)) > _DEEPEST_TOGETHER:
         raise too_large(f"the parts of its schema refer to each other over {_DEEPEST_TOGETHER} levels")
+    longest = _longest_text(schema)
+    if longest > LONGEST_TEXT:
+        raise too_large(f"its schema has a text of {longest} characters")
     closing = not any(_composed(node) for node in _subschemas(schema))
     copied: dict[str, Any] = _copy(schema, closing)
     own = schema.get("x-guidance")
@@ -69,6 +76,19 @@ def _depth(node: Any) -> int:
         height += 1
         level = [child for parent in level for child in _children(parent)]
     return max(height, 1)
+
+
+def _longest_text(schema: Mapping[str, Any]) -> int:
+    """How many characters the longest text has that may be part of an answer."""
+    longest, level = 0, [schema]
+    while level:
+        for node in level:
+            named = node.items() if isinstance(node, Mapping) else (("", value) for value in node)
+            for name, value in named:
+                said = isinstance(value, str) and name not in _NOTES
+                longest = max(longest, len(str(name)), len(value) if said else 0)
+        level = [child for parent in level for child in _children(parent)]
+    return longest
 
 
 def _references(schema: Mapping[str, Any]) -> set[str]:

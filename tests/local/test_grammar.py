@@ -129,7 +129,26 @@ REFUSED: list[tuple[Grammar, type[Exception], str]] = [
     (EBNF("start: " + "(" * 1000 + '"a"' + ")" * 1000), InvalidRequestError, "too deeply nested"),
     (EBNF("root ::= " + "(" * 5000 + '"a"' + ")" * 5000), InvalidRequestError, "too large: it is nested too deeply"),
     (Choice(("x" * 600_000,)), InvalidRequestError, "too large: it has 600000 characters"),
-    (Regex("(" * 10_000 + "a" + ")" * 10_000), InvalidRequestError, "nest"),
+    (Regex("(" * 9_000 + "a" + ")" * 9_000), InvalidRequestError, "nest"),
+    (Choice(("yes", "x" * 21_000)), InvalidRequestError, "too large: it has a text of 21000 characters"),
+    (Regex("x" * 21_000), InvalidRequestError, "too large: it has a text of 21000 characters"),
+    (JSONSchema({"type": "object", "properties": {"x" * 21_000: {}}}), InvalidRequestError, "a text of 21000"),
+    (JSONSchema({"enum": [{"a": ["x" * 21_000]}]}), InvalidRequestError, "its schema has a text of 21000 characters"),
+    (EBNF('root ::= "' + "x" * 21_000 + '"'), InvalidRequestError, "too large: it has a line of 21011 characters"),
+    # What shows only behind what has to be said first.
+    (EBNF('root ::= "so " root'), InvalidRequestError, "EBNF grammar cannot be compiled"),
+    (
+        JSONSchema({"const": "x", "type": "string", "maxLength": 0}),
+        InvalidRequestError,
+        "JSON schema cannot be compiled",
+    ),
+    (
+        Choice(tuple(f"number {index}" for index in range(5000))),
+        InvalidRequestError,
+        "Choice grammar cannot be compiled",
+    ),
+    (EBNF("root ::= root"), InvalidRequestError, "EBNF grammar cannot be compiled"),
+    (Regex(r"[^\s\S]"), InvalidRequestError, "Regex grammar cannot be compiled"),
 ]
 
 
@@ -143,6 +162,11 @@ def test_what_is_refused(compiler: GrammarCompiler, grammar: Grammar, error: typ
         assert type(caught.value) is error
         assert "\n" not in str(caught.value)
         assert len(str(caught.value)) < 450
+
+
+def test_a_note_may_be_long(compiler: GrammarCompiler) -> None:
+    """What nobody has to say is no matter."""
+    compiler.compile(JSONSchema({"type": "integer", "description": "x" * 30_000}))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +183,7 @@ def test_the_largest_that_is_let_through(compiler: GrammarCompiler, grammar: Gra
 def test_a_grammar_that_explodes_while_it_is_followed(compiler: GrammarCompiler, tokenizer: Any) -> None:
     """An ambiguous grammar ends in an error of its own after bounded work, not in a long wait."""
     chain = "\n".join(f'r{index}: r{index + 1} "x" | r{index + 1} "y" | r{index + 1} "z" | "w"' for index in range(600))
-    constraint = compiler.compile(EBNF(f'start: "a" | "a" r0\n{chain}\nr600: "v"'))
+    constraint = compiler.compile(EBNF(f'start: ("a" | "b") r0\n{chain}\nr600: "v"'))
     letter = tokenizer("a", add_special_tokens=False)["input_ids"][0]
 
     def follow_on() -> None:

@@ -138,7 +138,7 @@ async def test_a_bad_grammar_is_refused_before_it_is_queued(model: TransformersM
 async def test_a_grammar_that_breaks_takes_nobody_along(model: TransformersModel) -> None:
     """A grammar that becomes too complex in the middle of an answer fails its row; its neighbours go on."""
     chain = "\n".join(f'r{index}: r{index + 1} "x" | r{index + 1} "y" | r{index + 1} "z" | "w"' for index in range(600))
-    hostile = EBNF(f'start: "a" | "a" r0\n{chain}\nr600: "v"')
+    hostile = EBNF(f'start: ("a" | "b") r0\n{chain}\nr600: "v"')
     alone = await model.generate("neighbour", max_tokens=20)
     broken, neighbour = await asyncio.gather(
         model.generate("x", grammar=hostile, max_tokens=20),
