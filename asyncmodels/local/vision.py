@@ -45,7 +45,8 @@ class Vision:
                 continue
             if wanted[row]:
                 places, features = self._features(pictures, start, columns)
-                embeds[row, places] = features.to(embeds.device, embeds.dtype)
+                # The vision tower may be on a device of its own.
+                embeds[row, places.to(embeds.device)] = features.to(embeds.device, embeds.dtype)
             if pictures.positions is not None:
                 if positions.ndim == 2:
                     positions = positions.expand(3, -1, -1).clone()
@@ -90,7 +91,7 @@ class Vision:
             if low < high:
                 shown.append(pictures.features[number][low:high])
             begin += piece.tokens
-        places = torch.tensor(pictures.places[first:last], device=shown[0].device) - start
+        places = torch.tensor(pictures.places[first:last]) - start
         return places, torch.cat(shown)
 
     def _look(self, rows: Rows[tuple[Pictures, list[int]]]) -> None:

@@ -239,6 +239,14 @@ CUDA = (
 )
 
 
+MLX_ON_CUDA = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        "not __import__('mlx.core', fromlist=['core']).cuda.is_available()", reason="MLX has no CUDA device"
+    ),
+)
+
+
 def tiny_mlx(_: GetFixture) -> AbstractAsyncContextManager[Backend]:
     from asyncmodels.local.mlx import MLXModel
     from tests.local.on_mlx.tiny_mlx import tiny_mlx_folder
@@ -312,5 +320,8 @@ CASES = [
     Case("paged", tiny_llama_paged, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(pytest.mark.model,)),
     Case("paged-cuda", partial(tiny_llama_paged, device="cuda"), ask=ask_greedily, can={Behaviour.ANSWER}, marks=CUDA),
     Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
+    Case("mlx-cuda", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=MLX_ON_CUDA),
     Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=VLLM),
+    # vLLM runs on the GPU where its build has one; then "-m gpu" must not leave it out.
+    Case("vllm-cuda", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(*VLLM, *CUDA)),
 ]
