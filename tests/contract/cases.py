@@ -321,7 +321,7 @@ CASES = [
     Case("paged-cuda", partial(tiny_llama_paged, device="cuda"), ask=ask_greedily, can={Behaviour.ANSWER}, marks=CUDA),
     Case("mlx", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(pytest.mark.model,)),
     Case("mlx-cuda", tiny_mlx, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=MLX_ON_CUDA),
-    Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=VLLM),
+    Case("vllm", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=VLLM),
     # vLLM runs on the GPU where its build has one; then "-m gpu" must not leave it out.
-    Case("vllm-cuda", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, marks=(*VLLM, *CUDA)),
+    Case("vllm-cuda", tiny_vllm, ask=ask_greedily, can={Behaviour.ANSWER}, holds=True, marks=(*VLLM, *CUDA)),
 ]

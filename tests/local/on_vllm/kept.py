@@ -19,10 +19,21 @@ from typing import Any
 from asyncmodels.local.runner import RunnerInfo
 from asyncmodels.local.vllm import VLLMBackend, VLLMModel
 
-__all__ = ["ROWS", "SETTINGS", "end_kept_runner", "kept_model", "kept_runner", "prepare_environment", "tiny_folder"]
+__all__ = [
+    "CONTEXT",
+    "ROWS",
+    "SETTINGS",
+    "end_kept_runner",
+    "kept_model",
+    "kept_runner",
+    "prepare_environment",
+    "tiny_folder",
+]
 
 SETTINGS: Mapping[str, Any] = {"dtype": "float32", "enforce_eager": True}
 ROWS = 16
+CONTEXT = 1024
+"""Tokens, which are letters here: tools must fit."""
 
 
 def prepare_environment() -> None:
@@ -48,7 +59,8 @@ def tiny_folder() -> Path:
 
     folder = TemporaryDirectory(prefix="tiny-vllm-")
     atexit.register(folder.cleanup)
-    return build_tiny_model(Path(folder.name), hidden_size=64, num_attention_heads=2, num_key_value_heads=1)
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": CONTEXT}
+    return build_tiny_model(Path(folder.name), **sizes)
 
 
 @cache

@@ -16,7 +16,7 @@ import pytest
 from asyncmodels.errors import ConfigurationError, ContextLengthError, EngineError, InvalidRequestError, ModelLoadError
 from asyncmodels.local.vllm import VLLMModel
 from asyncmodels.types import EBNF, Choice, JSONSchema, Regex, Response
-from tests.local.on_vllm.kept import ROWS, kept_model, kept_runner, tiny_folder
+from tests.local.on_vllm.kept import CONTEXT, ROWS, kept_model, kept_runner, tiny_folder
 
 PROMPTS = ["a", "hello there", "what is it? " * 10, "tell me", "x" * 60, "four", "the end of the world " * 5]
 
@@ -97,17 +97,17 @@ async def test_without_max_tokens_the_context_is_the_limit(model: VLLMModel) -> 
     """vLLM's own default of 16 tokens is nobody's: without max_tokens an answer may fill the context."""
     response = await model.generate("hello", extra={"ignore_eos": True})
     assert response.usage is not None
-    assert response.usage.total_tokens == 256
+    assert response.usage.total_tokens == CONTEXT
     assert response.finish_reason == "length"
 
 
 async def test_the_context_and_the_next_call(model: VLLMModel) -> None:
     """A prompt that does not fit is refused with numbers, one that just fits gets one token."""
     with pytest.raises(ContextLengthError) as caught:
-        await model.generate("x" * 300)
-    assert caught.value.limit == 256
-    frame = (caught.value.requested or 0) - 301
-    response = await model.generate("x" * (255 - frame), extra={"ignore_eos": True})
+        await model.generate("x" * CONTEXT)
+    assert caught.value.limit == CONTEXT
+    frame = (caught.value.requested or 0) - CONTEXT - 1
+    response = await model.generate("x" * (CONTEXT - 1 - frame), extra={"ignore_eos": True})
     assert response.usage is not None
     assert (response.usage.output_tokens, response.finish_reason) == (1, "length")
 

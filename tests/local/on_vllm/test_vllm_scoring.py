@@ -10,7 +10,7 @@ import pytest
 
 from asyncmodels.errors import ContextLengthError
 from asyncmodels.local.vllm import VLLMModel
-from tests.local.on_vllm.kept import kept_model, tiny_folder
+from tests.local.on_vllm.kept import CONTEXT, kept_model, tiny_folder
 
 Ids = tuple[int, ...]
 
@@ -78,11 +78,11 @@ async def test_scores_among_answers(model: VLLMModel) -> None:
 
 async def test_it_fits_or_says_so(model: VLLMModel) -> None:
     """vLLM wants room for a token that it generates: up to there a prompt is scored, and one more is refused."""
-    tokens = [5] * 253
+    tokens = [5] * (CONTEXT - 3)
     assert len((await model.score(tokens, [6, 7])).tokens) == 2
     with pytest.raises(ContextLengthError) as caught:
         await model.score([*tokens, 5], [6, 7])
-    assert (caught.value.requested, caught.value.limit) == (257, 256)
+    assert (caught.value.requested, caught.value.limit) == (CONTEXT + 1, CONTEXT)
 
 
 async def test_token_ids_in_place_of_messages(model: VLLMModel) -> None:
