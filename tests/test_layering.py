@@ -347,6 +347,7 @@ PURE = {
     "prefill",
     "prefix_cache",
     "prompt",
+    "recovery",
     "residence",
     "response_templates",
     "runner",

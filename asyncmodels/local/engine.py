@@ -23,10 +23,11 @@ from asyncmodels.local.host import EngineHost
 from asyncmodels.local.job import Handle, Job
 from asyncmodels.local.notation import Keys
 from asyncmodels.local.prompt import Prepared, prompt_tokens, template_kwargs
+from asyncmodels.local.recovery import restart_pause
 from asyncmodels.local.runner import RunnerFactory, RunnerInfo
 from asyncmodels.local.sequence import Sampling, Sequence
 from asyncmodels.local.tally import EngineState, EngineStatistics, Tally
-from asyncmodels.local.worker import Ready, Worker, WorkerSettings, restart_pause
+from asyncmodels.local.worker import Ready, Worker, WorkerSettings
 from asyncmodels.stopping import StopMatcher
 from asyncmodels.types import Request
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from asyncmodels.errors import CallTimeoutError
+from asyncmodels.local.engine_errors import row_error
 from asyncmodels.local.job import Job
 from asyncmodels.local.scheduler import Scheduler
 from asyncmodels.local.sequence import Sequence, State
@@ -15,6 +16,15 @@ from asyncmodels.local.tally import Tally
 from asyncmodels.types import Delta, FinishReason, Timing, Usage, evolve
 
 __all__ = ["Jobs"]
+
+
+@runtime_checkable
+class Restarts(Protocol):
+    """A sequence's way through its grammar that can be gone again."""
+
+    def restart(self, tokens: Iterable[int], /) -> None:
+        """Begins anew, and goes as far as ``tokens``."""
+        ...
 
 
 class Jobs:
@@ -40,6 +50,16 @@ class Jobs:
 
     def __getitem__(self, sequence: Sequence) -> Job:
         return self._jobs[sequence]
+
+    def rewind(self, sequence: Sequence) -> bool:
+        """Has a sequence that leaves the batch go on behind what it has said; where that fails, it is over."""
+        try:
+            if isinstance(sequence.constraint, Restarts):
+                sequence.constraint.restart(sequence.output)
+        except Exception as error:
+            self.fail(self._jobs[sequence], row_error(error))
+            return False
+        return True
 
     # -- ways out; those that return sequences say which of them the runner has, and must forget, too ------------------
 

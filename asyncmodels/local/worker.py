@@ -10,14 +10,14 @@ import atexit
 import gc
 import threading
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from asyncmodels.clock import Clock
-from asyncmodels.local.engine_errors import closed_error, dead_error, load_error, memory_error, row_error
+from asyncmodels.local.engine_errors import closed_error, dead_error, load_error, row_error
 from asyncmodels.local.host import Place
 from asyncmodels.local.inbox import Cancel, Close, Inbox
 from asyncmodels.local.job import Job
@@ -25,6 +25,7 @@ from asyncmodels.local.jobs import Jobs
 from asyncmodels.local.notation import Keys, Native
 from asyncmodels.local.out_of_memory import out_of_memory
 from asyncmodels.local.prompt import PromptEncoder
+from asyncmodels.local.recovery import Recovery
 from asyncmodels.local.runner import (
     Ended,
     Failed,
@@ -41,15 +42,10 @@ from asyncmodels.local.signals import OneShot
 from asyncmodels.local.tally import Tally
 from asyncmodels.local.watch import StepWatch
 
-__all__ = ["Ready", "Worker", "WorkerSettings", "restart_pause"]
+__all__ = ["Ready", "Worker", "WorkerSettings"]
 
 _EXIT_PATIENCE = 20.0
 """Seconds that the interpreter's exit waits for a step to end."""
-_FIRST_PAUSE = 0.25
-"""Seconds before the second restart in a row; the first is at once, and each further one waits twice as long."""
-_LONGEST_PAUSE = 30.0
-_MOST_REQUEUES = 8
-"""How often a request may be taken out of the batch, because memory runs out, until it fails."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +80,6 @@ class Ready:
         return self.info.context_length if memory is None else min(self.info.context_length, memory)
 
 
-@runtime_checkable
-class Restarts(Protocol):
-    """A sequence's way through its grammar that can be gone again."""
-
-    def restart(self, tokens: Iterable[int], /) -> None:
-        """Begins anew, and goes as far as ``tokens``."""
-        ...
-
-
 class Worker:
     """One life of an engine's owner thread, from loading to the end; a dead worker is replaced by a new one.
 
@@ -112,6 +99,7 @@ class Worker:
         self._closing = threading.Event()
         self._runner: Runner | None = None
         self._jobs = Jobs(settings.model_id, tally)
+        self._recovery = Recovery(self._jobs, tally, max_restarts=settings.max_restarts, wait=self._closing.wait)
         self._watch = StepWatch(settings.name, settings.stuck_after, settings.clock, self._activity)
         self._thread = threading.Thread(target=self._run, name=f"asyncmodels-{settings.name}", daemon=True)
 
@@ -257,7 +245,7 @@ class Worker:
             raise
         except Exception as error:
             self._watch.ended()
-            self._survive(error, runner, scheduler)
+            self._recovery.survive(error, runner, scheduler)
             return
         if outputs or not runner.waits or not scheduler.running:
             self._watch.ended()
@@ -286,18 +274,8 @@ class Worker:
         paused = scheduler.pause(now)
         self.tally.pauses += len(paused)
         for sequence in paused:
-            self._rewind(sequence)
+            self._jobs.rewind(sequence)
         return paused
-
-    def _rewind(self, sequence: Sequence) -> bool:
-        """Has a sequence that leaves the batch go on behind what it has said; where that fails, it is over."""
-        try:
-            if isinstance(sequence.constraint, Restarts):
-                sequence.constraint.restart(sequence.output)
-        except Exception as error:
-            self._jobs.fail(self._jobs[sequence], row_error(error))
-            return False
-        return True
 
     def _start(self, started: list[Sequence], runner: Runner, ready: Ready) -> None:
         for sequence in started:
@@ -330,7 +308,7 @@ class Worker:
             if ended:
                 done.append(output.sequence)
         if starved:
-            self._put_back(starved, runner, ready.scheduler)
+            self._recovery.put_back(starved, runner, ready.scheduler)
         else:
             ready.scheduler.went_well()
         return [*done, *starved]
@@ -358,43 +336,6 @@ class Worker:
             return False
         self._jobs.finish(job, reason, now)
         return True
-
-    # -- disasters ----------------------------------------------------------------------------------------------------
-
-    def _survive(self, cause: Exception, runner: Runner, scheduler: Scheduler) -> None:
-        """Makes the runner usable again after a step has raised; raises when that is over.
-
-        Where memory ran out half of the batch goes on, and the others later. Else everybody fails.
-        """
-        traceback.clear_frames(cause.__traceback__)  # the tensors of the step hang on them
-        if scheduler.running and out_of_memory(cause):
-            runner.reset()
-            self._put_back(dict.fromkeys(scheduler.rows(), cause), runner, scheduler)
-            return
-        if self.tally.restarts_in_a_row >= self.settings.max_restarts:
-            raise cause
-        self._jobs.fail_all(lambda: dead_error(cause))
-        pause = restart_pause(self.tally.restarts_in_a_row)
-        self.tally.restarts += 1
-        self.tally.restarts_in_a_row += 1
-        # They hear of it after the reset: whoever then comes again must find a runner that works, or a thread that does
-        # not listen any more.
-        runner.reset()
-        self._jobs.outbox.flush()
-        self._closing.wait(pause)
-
-    def _put_back(self, starved: Mapping[Sequence, Exception], runner: Runner, scheduler: Scheduler) -> None:
-        """Queues rows again for which there was no memory, with fewer rows from now on. Who has had enough fails."""
-        alone = scheduler.running == 1
-        self.tally.halvings += 1
-        scheduler.halve()
-        for sequence, cause in reversed(list(starved.items())):
-            hopeless = sequence.requeued >= (1 if alone else _MOST_REQUEUES)
-            if hopeless or (sequence.output and not runner.resumes):
-                self._jobs.fail(self._jobs[sequence], memory_error(cause))
-                continue
-            if self._rewind(sequence):
-                scheduler.requeue(sequence)
 
     def _end(self, reason: BaseException | None, runner: Runner | None, ready: Ready | None) -> None:
         unread = self._inbox.shut()
@@ -440,11 +381,6 @@ class Worker:
 def _begins(scheduler: Scheduler) -> bool:
     """Whether a batch is about to begin."""
     return scheduler.queued > 0 and not scheduler.running
-
-
-def restart_pause(restarts: int) -> float:
-    """How many seconds to wait before one more restart, after so many in a row."""
-    return min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** (restarts - 1)) if restarts else 0.0
 
 
 _settled = threading.Event()

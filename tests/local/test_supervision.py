@@ -14,11 +14,11 @@ from asyncmodels.clock import SystemClock
 from asyncmodels.errors import CallTimeoutError, ConfigurationError, EngineDeadError, EngineError
 from asyncmodels.local.engine import Engine
 from asyncmodels.local.out_of_memory import out_of_memory
+from asyncmodels.local.recovery import restart_pause
 from asyncmodels.local.runner import Failed, Output, Sampled
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.tally import Rate, Tally
 from asyncmodels.local.watch import StepWatch
-from asyncmodels.local.worker import restart_pause
 from asyncmodels.types import Request, Response, ResponseBuilder
 
 Ask = Callable[..., Request]
@@ -412,8 +412,8 @@ def test_pauses_between_restarts() -> None:
 
 async def test_closing_ends_a_pause(start: Start, scripted: Any, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that waits before it restarts closes at once, and loads nothing any more."""
-    monkeypatch.setattr("asyncmodels.local.worker._FIRST_PAUSE", 1e6)
-    monkeypatch.setattr("asyncmodels.local.worker._LONGEST_PAUSE", 1e6)
+    monkeypatch.setattr("asyncmodels.local.recovery._FIRST_PAUSE", 1e6)
+    monkeypatch.setattr("asyncmodels.local.recovery._LONGEST_PAUSE", 1e6)
 
     class Unresettable(scripted):  # type: ignore[misc]  # a class from a fixture
         def reset(self) -> None:
