@@ -353,6 +353,8 @@ PURE = {
     "runner",
     "scheduler",
     "crowding",
+    "guests",
+    "kv_memory",
     "inbox",
     "fair_queue",
     "step_cost",

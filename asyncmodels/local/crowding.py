@@ -1,4 +1,4 @@
-"""How many rows an agent may have while others want few. Pure.
+"""How many rows, and how much memory, an agent may have while others want little. Pure.
 
 The fair queue lets those who ask for little start first, but a batch that one agent has filled has no row for them, and
 where every row makes a step longer, each of its rows costs them time. So the rows are divided max-min fairly: who wants
@@ -6,177 +6,161 @@ no more than an equal part, by weight, has it all, and what is left is for those
 rows cost, and somebody wants little, the batch has as many rows as make a step ``_LONGER`` than those of them alone
 would, or twice as long as the shortest, which is half of the hardware's throughput, whichever is more.
 
-An agent that asks one thing after the other is away for a moment between two. It is counted as if it were here for
-twice as long as it stayed away the last time, unless that was more than a moment. Requests of one agent with different
-priorities are counted apart, and nobody is held back for the sake of a lower priority.
+A few long rows fill the memory of a batch just as well. Where each row takes what it reserves, the tokens of it are
+divided in the same way. Where each takes as much as the longest there are only fewer rows to divide, which the caller
+knows.
+
+Who is away for a moment is counted as if he were here (see ``guests``), and nobody is held back for the sake of a lower
+priority.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
+from asyncmodels.local.guests import Guest, Guests, Key
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.step_cost import StepCost
 
-__all__ = ["Crowding"]
+__all__ = ["LEAST", "Crowding"]
 
+LEAST = 2
+"""Rows that an agent may have in any case; where memory is short it is one."""
 _LONGER = 1.2
-_LEAST = 2
-"""Rows that an agent may have in any case."""
-_MOMENT = 0.5
-"""Seconds."""
 _ROUNDING = 1e-6
-_SHORTEST = 0.05
-"""Seconds for which who left is expected at least, if he came back before."""
-_SWEPT = 64
-"""So many may be remembered before those are forgotten who are not expected; later, twice as many as were left then."""
-
-_Key: TypeAlias = tuple[str | None, int]
-"""An agent, and the priority of its requests."""
-
-
-@dataclass(slots=True)
-class _Guest:
-    here: int = 0
-    """Requests, running or queued."""
-    rows: int = 0
-    usual: int = 1
-    """How many requests he had at most when he was here last."""
-    weight: float = 1.0
-    left: float | None = None
-    away: float | None = None
-    """For how many seconds he was away the last time, if he came back."""
-
-    def wants(self, now: float) -> int:
-        if self.here:
-            return self.here
-        if self.left is None or self.away is None or self.away > _MOMENT:
-            return 0
-        return self.usual if now - self.left <= max(2 * self.away, _SHORTEST) else 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The rows, divided among the guests of a priority and of higher ones."""
+    """Rows or tokens, divided among the guests of a priority and of higher ones."""
 
-    wanted: int
-    """What those want together who have all that they want."""
     room: int
-    """How many rows there are for the others."""
-    others: tuple[_Guest, ...]
+    """How much there is for those who do not have all that they want."""
+    others: tuple[Guest, ...]
+    """Those."""
+    tokens: bool
 
-    def most(self, guest: _Guest) -> int:
-        """How many rows ``guest``, one of the others, may have: its part, and what the rest of them do not use."""
+    def over(self, guest: Guest, held: int) -> int:
+        """How much of what ``guest`` holds is more than its part and what the rest of the others do not use."""
+        if guest not in self.others:
+            return 0
         part = int(self.room * guest.weight / sum(other.weight for other in self.others))
-        return max(_LEAST, part, self.room - sum(other.rows for other in self.others if other is not guest))
+        rest = sum((other.tokens if self.tokens else other.rows).held for other in self.others if other is not guest)
+        return held - max(part, self.room - rest)
 
 
 class Crowding:
-    """Who is here with how much, and who has too much of it."""
+    """Who has too much of a batch, beside those who are here."""
 
     def __init__(self) -> None:
         self.cost = StepCost()
-        self._guests: dict[_Key, _Guest] = {}
-        self._here: Counter[int] = Counter()
-        """How many guests are here, by priority."""
-        self._alike = True
-        """Whether all have the same weight."""
-        self._sweep_at = _SWEPT
-        self._parts: dict[tuple[int, int], _Parts] = {}
+        self._guests = Guests()
+        self._parts: dict[tuple[int, int, int | None], _Parts] = {}
         self._parts_at = 0.0
 
     def enter(self, sequence: Sequence, now: float) -> None:
         """Says that ``sequence`` is here, queued."""
         self._parts.clear()
-        key = sequence.agent, sequence.priority
-        guest = self._guests.get(key)
-        if guest is None:
-            if len(self._guests) >= self._sweep_at:
-                self._sweep(now)
-            guest = self._guests[key] = _Guest()
-        if not guest.here:
-            self._here[sequence.priority] += 1
-            guest.usual = 1
-            if guest.left is not None:
-                guest.away = now - guest.left
-        guest.here += 1
-        guest.usual = max(guest.usual, guest.here)
-        guest.weight = sequence.weight
-        self._alike = self._alike and sequence.weight == 1
+        self._guests.enter(sequence, now)
 
     def leave(self, sequence: Sequence, now: float) -> None:
         self._parts.clear()
-        guest = self._guests[sequence.agent, sequence.priority]
-        guest.here -= 1
-        if not guest.here:
-            guest.left = now
-            self._here[sequence.priority] -= 1
-            if not self._here[sequence.priority]:
-                del self._here[sequence.priority]
+        self._guests.leave(sequence, now)
 
     def started(self, sequence: Sequence) -> None:
-        self._guests[sequence.agent, sequence.priority].rows += 1
+        self._guests.started(sequence)
 
     def stopped(self, sequence: Sequence) -> None:
-        self._guests[sequence.agent, sequence.priority].rows -= 1
+        self._guests.stopped(sequence)
 
-    def refuses(self, sequence: Sequence, limit: int, now: float) -> bool:
-        """Whether its agent would have too many rows with ``sequence``, in a batch of at most ``limit``."""
+    def refuses(
+        self, sequence: Sequence, limit: int, now: float, *, least: int = LEAST, tokens: int | None = None
+    ) -> bool:
+        """Whether its agent would have too much with ``sequence``, in a batch of at most ``limit`` rows.
+
+        It may have ``least`` of them in any case. With ``tokens`` that is how much memory there is for all of them.
+        """
         key = sequence.agent, sequence.priority
-        return self._excess(key, self._guests[key].rows + 1, limit, now) > 0
+        guest = self._guests[key]
+        rows, held = guest.rows.held + 1, guest.tokens.held + sequence.reserved
+        return self._rows_over(key, rows, limit, least, now) > 0 or (
+            tokens is not None and self._tokens_over(key, rows, held, limit, tokens, now) > 0
+        )
 
-    def too_many(self, limit: int, now: float) -> Iterator[tuple[_Key, int]]:
+    def too_many(self, limit: int, now: float, *, least: int = LEAST) -> Iterator[tuple[Key, int]]:
         """Who has more rows than he may, and how many. The caller takes them out before he asks for the next."""
-        if self._here.total() < 2:
-            return
-        heavy = [(guest.rows, key) for key, guest in self._guests.items() if guest.rows > _LEAST]
-        for rows, key in sorted(heavy, key=lambda entry: entry[0], reverse=True):
-            count = self._excess(key, rows, limit, now)
-            if count:
-                yield key, count
+        for key, rows, _ in self._heavy():
+            over = self._rows_over(key, rows, limit, least, now)
+            if over > 0:
+                yield key, over
 
-    def _excess(self, key: _Key, rows: int, limit: int, now: float) -> int:
-        if rows <= _LEAST or len(self._guests) == 1:
+    def too_much(self, limit: int, tokens: int, now: float) -> Iterator[tuple[Key, int]]:
+        """Who has more memory than he may, and how many tokens of it. The caller does as with rows."""
+        for key, rows, held in self._heavy():
+            over = self._tokens_over(key, rows, held, limit, tokens, now)
+            if over > 0:
+                yield key, over
+
+    def _heavy(self) -> list[tuple[Key, int, int]]:
+        """Who has several rows, how many and how much memory, the most first."""
+        if self._guests.here() < 2:
+            return []
+        heavy = [
+            (key, guest.rows.held, guest.tokens.held) for key, guest in self._guests.running() if guest.rows.held > 1
+        ]
+        return sorted(heavy, key=lambda entry: entry[1:], reverse=True)
+
+    def _rows_over(self, key: Key, rows: int, limit: int, least: int, now: float) -> int:
+        if rows <= least or len(self._guests) == 1:
             return 0
-        guest, priority = self._guests[key], key[1]
-        if self._alike and sum(count for of, count in self._here.items() if of >= priority) > limit - _LEAST:
-            return rows - _LEAST  # as each of the others wants one at least
-        parts = self._divided(priority, limit, now)
-        return max(0, rows - parts.most(guest)) if guest in parts.others else 0
+        if self._guests.alike and self._guests.here(key[1]) > limit - least:
+            return rows - least  # as each of the others wants one at least
+        return min(rows - least, self._divided(key[1], limit, None, now).over(self._guests[key], rows))
 
-    def _divided(self, priority: int, limit: int, now: float) -> _Parts:
+    def _tokens_over(self, key: Key, rows: int, held: int, limit: int, tokens: int, now: float) -> int:
+        if rows <= 1 or len(self._guests) == 1:
+            return 0
+        here = self._guests.here(key[1])
+        if self._guests.alike and here > limit:
+            return held - tokens // here  # there is none too many who have no row yet
+        return self._divided(key[1], limit, tokens, now).over(self._guests[key], held)
+
+    def _divided(self, priority: int, limit: int, tokens: int | None, now: float) -> _Parts:
         if now != self._parts_at:
             self._parts.clear()
             self._parts_at = now
-        parts = self._parts.get((priority, limit))
+        parts = self._parts.get((priority, limit, tokens))
         if parts is None:
-            parts = self._parts[priority, limit] = self._divide(priority, limit, now)
+            parts = self._parts[priority, limit, tokens] = self._divide(priority, limit, tokens, now)
         return parts
 
-    def _divide(self, priority: int, limit: int, now: float) -> _Parts:
-        wants = [(guest.wants(now), guest) for (_, of), guest in self._guests.items() if of >= priority]
-        wants = sorted((entry for entry in wants if entry[0]), key=lambda entry: entry[0] / entry[1].weight)
-        weight = sum(guest.weight for _, guest in wants)
+    def _divide(self, priority: int, limit: int, tokens: int | None, now: float) -> _Parts:
+        """Divides ``limit`` rows, or as many ``tokens`` for so many rows."""
+        whole = limit if tokens is None else tokens
+        wants = sorted(self._wants(priority, limit, tokens, now), key=lambda entry: entry[0] / entry[2].weight)
+        weight = sum(guest.weight for _, _, guest in wants)
         wanted = 0
         others = []
-        for want, guest in wants:
+        for want, rows, guest in wants:
             # A row cannot be divided: who wants one has no less.
-            if want == 1 or want * weight <= (limit - wanted) * guest.weight:
+            if rows == 1 or want * weight <= (whole - wanted) * guest.weight:
                 wanted += want
                 weight -= guest.weight
             else:
                 others.append(guest)
-        room = limit - wanted
-        if wanted:
-            rows = max(self.cost.rows_at(times=_LONGER, rows=wanted), self.cost.rows_for(1 / 2))
-            room = int(min(limit, rows + _ROUNDING)) - wanted
-        return _Parts(wanted, room, tuple(others))
+        if wanted and tokens is None:
+            most = max(self.cost.rows_at(times=_LONGER, rows=wanted), self.cost.rows_for(1 / 2))
+            whole = int(min(limit, most + _ROUNDING))
+        return _Parts(whole - wanted, tuple(others), tokens is not None)
 
-    def _sweep(self, now: float) -> None:
-        for key, guest in list(self._guests.items()):
-            if not guest.here and (guest.left is None or now - guest.left > 2 * _MOMENT):
-                del self._guests[key]
-        self._sweep_at = max(_SWEPT, 2 * len(self._guests))
+    def _wants(self, priority: int, limit: int, tokens: int | None, now: float) -> Iterator[tuple[int, int, Guest]]:
+        """What each guest wants, and for how many rows."""
+        for key, guest in self._guests.items():
+            rows = guest.wants(guest.rows, now) if key[1] >= priority else 0
+            if rows and tokens is None:
+                yield rows, rows, guest
+            elif rows:
+                # No more of its requests than there are rows will run at once.
+                yield math.ceil(guest.wants(guest.tokens, now) * min(1, limit / rows)), rows, guest

@@ -15,10 +15,12 @@ limit comes back row by row, as full batches go well.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterator
 
-from asyncmodels.local.crowding import Crowding
+from asyncmodels.local.crowding import LEAST, Crowding
 from asyncmodels.local.fair_queue import CACHED_SHARE, Counters, FairQueue
+from asyncmodels.local.guests import Key
+from asyncmodels.local.kv_memory import KVMemory
 from asyncmodels.local.sequence import Sequence, State
 
 __all__ = ["Scheduler"]
@@ -51,12 +53,12 @@ class Scheduler:
             raise ValueError("max_rows must be at least 1.")
         self.max_rows = max_rows
         self.max_tokens = max_tokens
-        self.padded = padded
         self.keeps_tokens = keeps_tokens
         self.counters = counters or Counters()
         self.crowding = Crowding()
         self.limit = max_rows
         """How many sequences may run at present: fewer than ``max_rows`` for a while after memory has run out."""
+        self._memory = KVMemory(max_tokens, padded=padded)
         self._full_steps = 0
         self._queue: FairQueue[Sequence] = FairQueue(self.counters)
         self._running: dict[Sequence, None] = {}
@@ -77,7 +79,7 @@ class Scheduler:
     @property
     def reserved(self) -> int:
         """Tokens of KV memory that the running sequences have reserved. Any thread may ask."""
-        return self._memory(sequence.reserved for sequence in list(self._running))
+        return self._memory.reserved
 
     def sequences(self) -> list[Sequence]:
         """Everybody who is here, running or queued."""
@@ -115,20 +117,15 @@ class Scheduler:
         """Starts whoever may start now, in order, and returns them."""
         self._now = now
         started: list[Sequence] = []
-        crowding: dict[str | None, int] = {}
+        passed: dict[str | None, int] = {}
         while len(self._running) < self.limit:
-            sequence = self._queue.peek(crowding)
-            if sequence is None or sequence.priority < max(crowding.values(), default=sequence.priority):
-                break  # what is kept free for some is not for those of a lower priority
-            if self.crowding.refuses(sequence, self.limit, now):
-                crowding[sequence.agent] = sequence.priority
-                continue
-            if not self._fits(sequence):
+            sequence = self._next(passed, now)
+            if sequence is None or not self._memory.fits(sequence.reserved):
                 break
             self._queue.remove(sequence)
             self._running[sequence] = None
             self._paused.pop(sequence, None)
-            self.crowding.started(sequence)
+            self._take_in(sequence)
             sequence.state = State.RUNNING
             if sequence.started_at is None:  # else it has paid
                 self.counters.charge_input(sequence.agent, len(sequence.prompt) / sequence.weight)
@@ -136,24 +133,96 @@ class Scheduler:
             started.append(sequence)
         return started
 
-    def pause(self, now: float) -> list[Sequence]:
-        """Queues again what an agent has too many of while others want little, as far as that costs no work.
+    def _next(self, passed: dict[str | None, int], now: float) -> Sequence | None:
+        """Who is next. Notes in ``passed`` which agents, of which priorities, are passed over for their number."""
+        while True:
+            sequence = self._queue.peek(passed)
+            if sequence is None or sequence.priority < max(passed.values(), default=sequence.priority):
+                return None  # what is kept free for some is not for those of a lower priority
+            if not self._refuses(sequence, now):
+                return sequence
+            passed[sequence.agent] = sequence.priority
 
-        Those who started last go first, and go on last. Returns them; what they have, they keep.
+    def _refuses(self, sequence: Sequence, now: float) -> bool:
+        limit, least = self._most_rows(sequence.reserved)
+        return self.crowding.refuses(sequence, limit, now, least=least, tokens=self._memory.divisible)
+
+    def _most_rows(self, size: int = 0) -> tuple[int, int]:
+        """How many rows there may be, one of ``size`` among them, and how many an agent may have in any case."""
+        rows = self._memory.most_rows(size)
+        return (self.limit, LEAST) if rows is None or rows >= self.limit else (rows, 1)
+
+    # -- pausing ------------------------------------------------------------------------------------------------------
+
+    def pause(self, now: float) -> list[Sequence]:
+        """Queues again what an agent has too much of while others want little, as far as that costs no work.
+
+        Of rows that are too many those who started last go first, and go on last. Rows that take too much memory go for
+        somebody who waits for it, and starts next. Returns them; what they have, they keep.
         """
         if not self.keeps_tokens:
             return []
         paused: list[Sequence] = []
-        room = self.keeps_tokens - sum(self._paused.values())
-        for (agent, priority), count in self.crowding.too_many(self.limit, now):
-            rows = [row for row in self._running if (row.agent, row.priority) == (agent, priority) and row.pausable]
+        for key, count in self.crowding.too_many(self.limit, now):
+            rows = [row for row in self._running if (row.agent, row.priority) == key and row.pausable]
             for row in reversed(rows[-count:]):
-                if row.output and row.length <= room:
-                    room -= row.length
-                    paused.append(row)
-                    self._paused[row] = row.length
+                if row.output and row.length <= self._kept_room():
                     self._take_out(row)
+                    self._pause(row)
+                    paused.append(row)
+        return paused + self._pause_for_memory(now)
+
+    def _pause_for_memory(self, now: float) -> list[Sequence]:
+        """Makes room for who waits for nothing else, and for others who want little, if he can start then."""
+        waiting = self._next({}, now) if len(self._running) < self.limit else None
+        if waiting is None or self._memory.fits(waiting.reserved):
+            return []
+        paused: list[Sequence] = []
+        while (row := self._too_large(waiting.priority, paused, now)) is not None:
+            self._take_out(row)
+            paused.append(row)
+        if not self._memory.fits(waiting.reserved):
+            for row in paused:
+                self._take_in(row)
+            return []
+        for row in paused:
+            self._pause(row)
         return paused
+
+    def _too_large(self, priority: int, out: list[Sequence], now: float) -> Sequence | None:
+        """Which row to pause next, beside those that are ``out``, of an agent that has too much memory."""
+        room = self._kept_room() - sum(row.length for row in out)
+        for key, over in self._too_much(now):
+            rows = [
+                row
+                for row in reversed(self._running)
+                if (row.agent, row.priority) == key
+                and row.priority <= priority
+                and row.pausable
+                and row.output
+                and row.length <= room
+                and row not in out
+            ]
+            # Where all rows take as much as the longest, without that one the others may take less.
+            enough = [row for row in rows if row.reserved >= over] if self._memory.divisible else []
+            if rows:
+                return min(enough, key=_size) if enough else max(rows, key=_size)
+        return None
+
+    def _too_much(self, now: float) -> Iterator[tuple[Key, int]]:
+        if self._memory.divisible is not None:
+            return self.crowding.too_much(self.limit, self._memory.divisible, now)
+        limit, least = self._most_rows()
+        return self.crowding.too_many(limit, now, least=least)
+
+    def _kept_room(self) -> int:
+        return self.keeps_tokens - sum(self._paused.values())
+
+    def _pause(self, sequence: Sequence) -> None:
+        self._paused[sequence] = sequence.length
+        self._queue_again(sequence)
+
+    # -- what running sequences say -----------------------------------------------------------------------------------
 
     def token(self, sequence: Sequence, token: int, now: float) -> None:
         """Notes one generated token."""
@@ -175,7 +244,7 @@ class Scheduler:
         """Takes ``sequence`` out, finished or cancelled, wherever it is. False when it is not here (any more)."""
         if sequence in self._running:
             del self._running[sequence]
-            self.crowding.stopped(sequence)
+            self._take_out(sequence)
         elif not self._queue.remove(sequence):
             return False
         sequence.state = State.FINISHED
@@ -195,6 +264,7 @@ class Scheduler:
         """Queues a running sequence again, before all others of its agent and priority; what it has, it keeps."""
         sequence.requeued += 1
         self._take_out(sequence)
+        self._queue_again(sequence)
 
     def went_well(self) -> None:
         """Notes a step without trouble: after enough of them, with as many rows as may run, there may be one more."""
@@ -204,17 +274,21 @@ class Scheduler:
                 self._full_steps = 0
                 self.limit += 1
 
+    # -- in and out of the batch --------------------------------------------------------------------------------------
+
+    def _take_in(self, sequence: Sequence) -> None:
+        self._memory.take(sequence.reserved)
+        self.crowding.started(sequence)
+
     def _take_out(self, sequence: Sequence) -> None:
-        del self._running[sequence]
+        self._memory.give(sequence.reserved)
         self.crowding.stopped(sequence)
+
+    def _queue_again(self, sequence: Sequence) -> None:
+        del self._running[sequence]
         sequence.state = State.QUEUED
         self._queue.push(sequence, first=True)
 
-    def _fits(self, sequence: Sequence) -> bool:
-        if self.max_tokens is None:
-            return True
-        return self._memory([sequence.reserved, *(other.reserved for other in self._running)]) <= self.max_tokens
 
-    def _memory(self, reserved: Iterable[int]) -> int:
-        sizes = list(reserved)
-        return len(sizes) * max(sizes, default=0) if self.padded else sum(sizes)
+def _size(sequence: Sequence) -> int:
+    return sequence.reserved
