@@ -42,11 +42,13 @@ class _Parts:
     """Those."""
     tokens: bool
 
-    def over(self, guest: Guest, held: int) -> int:
-        """How much of what ``guest`` holds is more than its part and what the rest of the others do not use."""
+    def over(self, guest: Guest, held: int, *, strictly: bool) -> int:
+        """How much of what ``guest`` holds is more than its part and, if not ``strictly``, what the others leave."""
         if guest not in self.others:
             return 0
         part = int(self.room * guest.weight / sum(other.weight for other in self.others))
+        if strictly:
+            return held - part
         rest = sum((other.tokens if self.tokens else other.rows).held for other in self.others if other is not guest)
         return held - max(part, self.room - rest)
 
@@ -89,17 +91,23 @@ class Crowding:
             tokens is not None and self._tokens_over(key, rows, held, limit, tokens, now) > 0
         )
 
-    def too_many(self, limit: int, now: float, *, least: int = LEAST) -> Iterator[tuple[Key, int]]:
-        """Who has more rows than he may, and how many. The caller takes them out before he asks for the next."""
+    def too_many(
+        self, limit: int, now: float, *, least: int = LEAST, strictly: bool = False
+    ) -> Iterator[tuple[Key, int]]:
+        """Who has more rows than he may, and how many. The caller takes them out before he asks for the next.
+
+        Those who all want more than their parts share by their counters alone, unless they are held to them
+        ``strictly``.
+        """
         for key, rows, _ in self._heavy():
-            over = self._rows_over(key, rows, limit, least, now)
+            over = self._rows_over(key, rows, limit, least, now, strictly)
             if over > 0:
                 yield key, over
 
-    def too_much(self, limit: int, tokens: int, now: float) -> Iterator[tuple[Key, int]]:
-        """Who has more memory than he may, and how many tokens of it. The caller does as with rows."""
+    def too_much(self, limit: int, tokens: int, now: float, *, strictly: bool = False) -> Iterator[tuple[Key, int]]:
+        """Who has more memory than he may, and how many tokens of it, as with rows."""
         for key, rows, held in self._heavy():
-            over = self._tokens_over(key, rows, held, limit, tokens, now)
+            over = self._tokens_over(key, rows, held, limit, tokens, now, strictly)
             if over > 0:
                 yield key, over
 
@@ -112,20 +120,24 @@ class Crowding:
         ]
         return sorted(heavy, key=lambda entry: entry[1:], reverse=True)
 
-    def _rows_over(self, key: Key, rows: int, limit: int, least: int, now: float) -> int:
+    def _rows_over(self, key: Key, rows: int, limit: int, least: int, now: float, strictly: bool = False) -> int:
         if rows <= least or len(self._guests) == 1:
             return 0
         if self._guests.alike and self._guests.here(key[1]) > limit - least:
             return rows - least  # as each of the others wants one at least
-        return min(rows - least, self._divided(key[1], limit, None, now).over(self._guests[key], rows))
+        return min(
+            rows - least, self._divided(key[1], limit, None, now).over(self._guests[key], rows, strictly=strictly)
+        )
 
-    def _tokens_over(self, key: Key, rows: int, held: int, limit: int, tokens: int, now: float) -> int:
+    def _tokens_over(
+        self, key: Key, rows: int, held: int, limit: int, tokens: int, now: float, strictly: bool = False
+    ) -> int:
         if rows <= 1 or len(self._guests) == 1:
             return 0
         here = self._guests.here(key[1])
         if self._guests.alike and here > limit:
             return held - tokens // here  # there is none too many who have no row yet
-        return self._divided(key[1], limit, tokens, now).over(self._guests[key], held)
+        return self._divided(key[1], limit, tokens, now).over(self._guests[key], held, strictly=strictly)
 
     def _divided(self, priority: int, limit: int, tokens: int | None, now: float) -> _Parts:
         if now != self._parts_at:

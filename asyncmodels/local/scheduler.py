@@ -178,7 +178,7 @@ class Scheduler:
         if waiting is None or self._memory.fits(waiting.reserved):
             return []
         paused: list[Sequence] = []
-        while (row := self._too_large(waiting.priority, paused, now)) is not None:
+        while (row := self._too_large(waiting, paused, now)) is not None:
             self._take_out(row)
             paused.append(row)
         if not self._memory.fits(waiting.reserved):
@@ -189,15 +189,14 @@ class Scheduler:
             self._pause(row)
         return paused
 
-    def _too_large(self, priority: int, out: list[Sequence], now: float) -> Sequence | None:
-        """Which row to pause next, beside those that are ``out``, of an agent that has too much memory."""
+    def _too_large(self, waiting: Sequence, out: list[Sequence], now: float) -> Sequence | None:
+        """Which row to pause next for ``waiting``, beside those that are ``out``, of an agent with too much memory."""
         room = self._kept_room() - sum(row.length for row in out)
-        for key, over in self._too_much(now):
+        for (agent, priority), over in self._too_much(waiting, now):
             rows = [
                 row
                 for row in reversed(self._running)
-                if (row.agent, row.priority) == key
-                and row.priority <= priority
+                if (row.agent, row.priority) == (agent, priority)
                 and row.pausable
                 and row.output
                 and row.length <= room
@@ -209,11 +208,23 @@ class Scheduler:
                 return min(enough, key=_size) if enough else max(rows, key=_size)
         return None
 
-    def _too_much(self, now: float) -> Iterator[tuple[Key, int]]:
-        if self._memory.divisible is not None:
-            return self.crowding.too_much(self.limit, self._memory.divisible, now)
+    def _too_much(self, waiting: Sequence, now: float) -> Iterator[tuple[Key, int]]:
+        """Who has too much memory beside those who want little and, as long as ``waiting`` needs it, beside that one.
+
+        Nobody is in its way who was served less: he would be the next.
+        """
+        served = self.counters[waiting.agent]
         limit, least = self._most_rows()
-        return self.crowding.too_many(limit, now, least=least)
+        for strictly in (False,) if self._memory.fits(waiting.reserved) else (False, True):
+            if self._memory.divisible is None:
+                heavy = self.crowding.too_many(limit, now, least=least, strictly=strictly)
+            else:
+                heavy = self.crowding.too_much(limit, self._memory.divisible, now, strictly=strictly)
+            for (agent, priority), over in heavy:
+                if priority <= waiting.priority and (
+                    not strictly or priority < waiting.priority or self.counters[agent] > served
+                ):
+                    yield (agent, priority), over
 
     def _kept_room(self) -> int:
         return self.keeps_tokens - sum(self._paused.values())
