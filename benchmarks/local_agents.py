@@ -4,7 +4,9 @@
     python benchmarks/local_agents.py --simulated    # fairness and cancelling with steps of a fixed length, no model
 
 Fairness: light agents ask one thing after the other, first alone, then beside a heavy one with 200 requests queued.
-Jain's index is that of the tokens which equal agents were served when half of their requests are done. Cancelling: a
+Jain's index is that of the tokens which equal agents were served when half of their requests are done. Memory, always
+simulated: the same beside a heavy agent that has few rows but all of the memory, by long prompts, and by short ones
+that reserve long answers, where rows are padded and where not. Cancelling: a
 thousand requests are given up at random moments while others run whose text must stay the same. Lag: how late a 5 ms
 tick of the event loop comes while 256 requests are in flight. Turns: two engines of one host, both in place, against
 one engine with the same requests.
@@ -18,6 +20,8 @@ import json
 import random
 import time
 from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,11 @@ from asyncmodels.local.detokenizer import make_detokenizer
 from asyncmodels.local.host import EngineHost
 from asyncmodels.local.runner import Output, Runner, RunnerInfo, Sampled
 from asyncmodels.local.sequence import Sequence
-from asyncmodels.types import Message, Request, Response
+from asyncmodels.types import Message, Request, Response, evolve
 
 TICK = 0.005
+MEMORY = 16000
+"""Tokens."""
 WORDS = ("tides", "glass", "bread", "maps", "bees", "clocks", "rain", "chess", "salt", "bridges", "owls")
 
 
@@ -68,6 +74,19 @@ class Simulated(Runner):
 
     def close(self) -> None:
         self._rows.clear()
+
+
+class Remembering(Simulated):
+    """One with little memory, which keeps what it has computed for rows that are paused."""
+
+    resumes = True
+
+    def __init__(self, *, padded: bool) -> None:
+        super().__init__()
+        self._padded = padded
+
+    def load(self) -> RunnerInfo:
+        return replace(super().load(), padded=self._padded, max_tokens=MEMORY, keeps_tokens=MEMORY // 5)
 
 
 class SimulatedBackend(EngineBackend):
@@ -169,6 +188,41 @@ async def equals(backend: EngineBackend, options: argparse.Namespace) -> float:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     return jain([float(agents.get(name, 0)) for name in served])
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+async def memory(options: argparse.Namespace) -> dict[str, float]:
+    """How long light agents wait beside one that reserves an eighth of the memory with each request."""
+    figures: dict[str, float] = {}
+    for padded in (True, False):
+        for name, prompt in (("prompts", MEMORY // 10), ("answers", 200)):
+            backend = SimulatedBackend(
+                partial(Remembering, padded=padded), model_id="simulated", max_batch_size=options.batch
+            )
+            await backend.load()
+            alone = await light_latencies(backend, options)
+            heavy = [asyncio.create_task(backend.generate(large(prompt, index))) for index in range(40)]
+            while not backend.statistics().running:  # noqa: ASYNC110  # as above
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(options.spread)
+            beside = await light_latencies(backend, options)
+            counted = backend.statistics()
+            for task in heavy:
+                task.cancel()
+            await asyncio.gather(*heavy, return_exceptions=True)
+            await backend.aclose()
+            key = f"{'padded' if padded else 'unpadded'}_long_{name}"
+            figures[f"{key}_ratio"] = percentile(beside, 0.95) / percentile(alone, 0.95)
+            figures[f"{key}_heavy_tokens"] = counted.agents.get("heavy", 0)
+            figures[f"{key}_pauses"] = counted.pauses
+    return figures
+
+
+def large(prompt: int, index: int) -> Request:
+    text = f"{index}" + " " * prompt
+    return evolve(request(index, MEMORY // 8 - len(text) - 100, "heavy"), messages=(Message("user", text),))
 
 
 # -- cancelling -------------------------------------------------------------------------------------------------------
@@ -285,7 +339,7 @@ async def turns(options: argparse.Namespace) -> dict[str, float]:
     return {f"{name}_tokens_per_cpu_second": percentile(values, 0.5) for name, values in figures.items()}
 
 
-ROWS = {"fairness": fairness, "cancelling": cancelling, "lag": lag, "turns": turns}
+ROWS = {"fairness": fairness, "memory": memory, "cancelling": cancelling, "lag": lag, "turns": turns}
 
 
 def main() -> None:

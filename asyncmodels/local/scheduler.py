@@ -6,7 +6,9 @@ or a long request would starve. Nor does a deadline change the order: who sets h
 request whose deadline passes while it is queued leaves without having started.
 
 Only an agent that would crowd the batch is passed over (see ``crowding``): where others have little to ask, what it has
-too many of does not start, and where a row can be paused without losing its work, it makes room.
+too many of does not start, and where a row can be paused without losing its work, it makes room. So does an agent with
+few but long rows that fill the memory. It keeps one of them, and who has none is never passed over: a request that
+takes more than its agent's part runs when it is next.
 
 Where memory runs out the batch is halved, and what was taken out is queued again before all others of its agent; the
 limit comes back row by row, as full batches go well.
@@ -134,7 +136,7 @@ class Scheduler:
         return started
 
     def _next(self, passed: dict[str | None, int], now: float) -> Sequence | None:
-        """Who is next. Notes in ``passed`` which agents, of which priorities, are passed over for their number."""
+        """Who is next. Notes in ``passed`` which agents, of which priorities, are passed over as they crowd."""
         while True:
             sequence = self._queue.peek(passed)
             if sequence is None or sequence.priority < max(passed.values(), default=sequence.priority):
@@ -192,15 +194,16 @@ class Scheduler:
     def _too_large(self, waiting: Sequence, out: list[Sequence], now: float) -> Sequence | None:
         """Which row to pause next for ``waiting``, beside those that are ``out``, of an agent with too much memory."""
         room = self._kept_room() - sum(row.length for row in out)
-        for (agent, priority), over in self._too_much(waiting, now):
+        for key, over, strictly in self._too_much(waiting, now):
             rows = [
                 row
                 for row in reversed(self._running)
-                if (row.agent, row.priority) == (agent, priority)
+                if (row.agent, row.priority) == key
                 and row.pausable
                 and row.output
                 and row.length <= room
                 and row not in out
+                and not (strictly and self._comes_before(row, waiting))
             ]
             # Where all rows take as much as the longest, without that one the others may take less.
             enough = [row for row in rows if row.reserved >= over] if self._memory.divisible else []
@@ -208,23 +211,26 @@ class Scheduler:
                 return min(enough, key=_size) if enough else max(rows, key=_size)
         return None
 
-    def _too_much(self, waiting: Sequence, now: float) -> Iterator[tuple[Key, int]]:
-        """Who has too much memory beside those who want little and, as long as ``waiting`` needs it, beside that one.
+    def _too_much(self, waiting: Sequence, now: float) -> Iterator[tuple[Key, int, bool]]:
+        """Who has too much memory, and how much, beside those who want little.
 
-        Nobody is in its way who was served less: he would be the next.
+        Then, as long as ``waiting`` needs it, who has more than an equal part of it, strictly.
         """
-        served = self.counters[waiting.agent]
         limit, least = self._most_rows()
         for strictly in (False,) if self._memory.fits(waiting.reserved) else (False, True):
             if self._memory.divisible is None:
                 heavy = self.crowding.too_many(limit, now, least=least, strictly=strictly)
             else:
                 heavy = self.crowding.too_much(limit, self._memory.divisible, now, strictly=strictly)
-            for (agent, priority), over in heavy:
-                if priority <= waiting.priority and (
-                    not strictly or priority < waiting.priority or self.counters[agent] > served
-                ):
-                    yield (agent, priority), over
+            yield from ((key, over, strictly) for key, over in heavy if key[1] <= waiting.priority)
+
+    def _comes_before(self, row: Sequence, waiting: Sequence) -> bool:
+        """Whether ``row`` would be next if it was paused for ``waiting``, or soon.
+
+        Equals change places no sooner than one of them was served by what there is of the row more than the other.
+        """
+        ahead = self.counters[row.agent] - self.counters[waiting.agent]
+        return row.priority == waiting.priority and ahead <= row.length / row.weight
 
     def _kept_room(self) -> int:
         return self.keeps_tokens - sum(self._paused.values())

@@ -216,6 +216,25 @@ def test_the_row_that_is_just_large_enough_makes_room() -> None:
     assert scheduler.start(1.0) == light
 
 
+@pytest.mark.parametrize("padded", [True, False])
+def test_who_was_served_more_makes_room_for_an_equal(padded: bool) -> None:
+    """Beside another one that wants much an agent is held to its part, row by row, unless it was served less."""
+    scheduler = scheduler_for(padded=padded)
+    added(scheduler, "heavy", 9)
+    scheduler.start(0.0)
+    say(scheduler)
+    added(scheduler, "equal", 9)
+    scheduler.counters.charge_input("equal", 1e6)
+    assert scheduler.pause(1.0) == []
+    scheduler.counters.charge_input("heavy", 2e6)
+    for now in (2.0, 3.0, 4.0):
+        paused = scheduler.pause(now)
+        assert [row.agent for row in paused] == (["heavy"] if now < 4 else [])
+        assert [row.agent for row in scheduler.start(now)] == ["equal"] * len(paused)
+        say(scheduler)
+    assert rows(scheduler) == {"heavy": 2, "equal": 2}
+
+
 def test_a_lower_priority_has_no_claim_on_memory() -> None:
     """What is urgent is neither paused nor held back for the sake of a lower priority; the other way round it is."""
     for heavy, light in ((1, 0), (0, 1)):
