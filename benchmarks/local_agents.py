@@ -203,7 +203,10 @@ async def memory(options: argparse.Namespace) -> dict[str, float]:
             )
             await backend.load()
             alone = await light_latencies(backend, options)
-            heavy = [asyncio.create_task(backend.generate(large(prompt, index))) for index in range(40)]
+            probe = (await backend.generate(large(prompt, 1))).usage
+            assert probe is not None
+            tokens = MEMORY // 8 - (probe.input_tokens or 0)
+            heavy = [asyncio.create_task(backend.generate(large(prompt, tokens))) for _ in range(40)]
             while not backend.statistics().running:  # noqa: ASYNC110  # as above
                 await asyncio.sleep(0.001)
             await asyncio.sleep(options.spread)
@@ -220,9 +223,8 @@ async def memory(options: argparse.Namespace) -> dict[str, float]:
     return figures
 
 
-def large(prompt: int, index: int) -> Request:
-    text = f"{index}" + " " * prompt
-    return evolve(request(index, MEMORY // 8 - len(text) - 100, "heavy"), messages=(Message("user", text),))
+def large(prompt: int, tokens: int) -> Request:
+    return evolve(request(0, tokens, "heavy"), messages=(Message("user", " " * prompt),))
 
 
 # -- cancelling -------------------------------------------------------------------------------------------------------

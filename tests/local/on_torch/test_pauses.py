@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from asyncmodels import TransformersModel
 from asyncmodels.types import Regex, Response
 
@@ -28,9 +30,10 @@ def counted(model: TransformersModel) -> Any:
     return model.statistics().links["TransformersBackend"]
 
 
-async def test_texts_survive_pauses(tiny_model: Path) -> None:
+@pytest.mark.parametrize("memory", [{"max_batch_size": 6}, {"max_batch_tokens": 800}], ids=["rows", "tokens"])
+async def test_texts_survive_pauses(tiny_model: Path, memory: dict[str, int]) -> None:
     """Rows that were paused for others say what they would have said, with seeds and grammars too, and pay once."""
-    async with TransformersModel(str(tiny_model), torch_dtype="float32", max_batch_size=6) as model:
+    async with TransformersModel(str(tiny_model), torch_dtype="float32", **memory) as model:
         alone = [await ask(model, index) for index in range(len(WANTED))]
 
         async def light(name: str) -> None:
