@@ -66,7 +66,7 @@ class EngineStatistics:
     halvings: int
     """How often memory ran out, the batch was halved, and rows were queued again."""
     pauses: int
-    """How often a row of an agent with many made room for agents with few."""
+    """How often a row of an agent with much of the batch made room for somebody else."""
     stuck_for: float | None
     """How long the present step has lasted, if that is longer than ``stuck_after``."""
     device: str | None

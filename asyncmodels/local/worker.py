@@ -270,7 +270,7 @@ class Worker:
         return leaving
 
     def _make_room(self, scheduler: Scheduler, now: float) -> list[Sequence]:
-        """Takes rows out of an agent that crowds others. They go on later, where they were."""
+        """Takes rows out of an agent that crowds others, or their memory. They go on later, where they were."""
         paused = scheduler.pause(now)
         self.tally.pauses += len(paused)
         for sequence in paused:
