@@ -176,7 +176,9 @@ class Scheduler:
 
     def _pause_for_memory(self, now: float) -> list[Sequence]:
         """Makes room for who waits for nothing else, and for others who want little, if he can start then."""
-        waiting = self._next({}, now) if len(self._running) < self.limit else None
+        if self.max_tokens is None or len(self._running) >= self.limit:
+            return []
+        waiting = self._next({}, now)
         if waiting is None or self._memory.fits(waiting.reserved):
             return []
         paused: list[Sequence] = []

@@ -31,7 +31,7 @@ def counted(model: TransformersModel) -> Any:
 
 
 @pytest.mark.parametrize("memory", [{"max_batch_size": 6}, {"max_batch_tokens": 800}], ids=["rows", "tokens"])
-async def test_texts_survive_pauses(tiny_model: Path, memory: dict[str, int]) -> None:
+async def test_texts_survive_pauses(tiny_model: Path, memory: dict[str, Any]) -> None:
     """Rows that were paused for others say what they would have said, with seeds and grammars too, and pay once."""
     async with TransformersModel(str(tiny_model), torch_dtype="float32", **memory) as model:
         alone = [await ask(model, index) for index in range(len(WANTED))]
