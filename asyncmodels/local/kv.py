@@ -21,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from asyncmodels.errors import UnsupportedError
 
-__all__ = ["BatchCache", "Segment", "layer_windows", "reusable"]
+__all__ = ["BatchCache", "BatchLayer", "Segment", "layer_windows", "reusable"]
 
 _ROOM = 256
 """By how many columns the memory grows."""
@@ -161,8 +161,7 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
         if left > self.begin and self.device.type == "cpu":
             left += _ROOM
         shape = (capacity, left + held + right + _ROOM)
-        self.keys = self._moved(self.keys, shape, left)
-        self.values = self._moved(self.values, shape, left)
+        self.keys, self.values = self._moved(self.keys, shape, left), self._moved(self.values, shape, left)
         self.begin, self.end = left, left + held
 
     def _moved(self, old: torch.Tensor, shape: tuple[int, int], left: int) -> torch.Tensor:
@@ -209,6 +208,12 @@ class BatchLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not 
             self.keys[targets, :, used] = self.keys[sources, :, used]
             self.values[targets, :, used] = self.values[sources, :, used]
         self.rows = rows
+
+    def back(self, width: int) -> None:
+        """Drops columns on the right until ``width`` are left; only without a window, which drops others for them."""
+        self.end -= self.width - width
+        self.width = width
+        self.latest = 0
 
     def trim(self, width: int) -> None:
         """Drops columns on the left until ``width`` are left."""
@@ -263,6 +268,12 @@ class BatchCache(Cache):  # type: ignore[misc]  # transformers is not type-check
         """Takes in the rows of ``other`` behind its own; ``other`` is not to be used any more."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             mine.join(theirs)
+
+    def back(self, width: int) -> None:
+        """Drops what came after the first ``width`` columns, in layers that have got it; only without windows."""
+        for layer in self.layers:
+            if layer.width > width:
+                layer.back(width)
 
     def keep(self, rows: Rows[int], width: int) -> None:
         """Drops all rows but ``rows``, which then stand in this order, and all columns but the last ``width``."""

@@ -9,7 +9,7 @@ has, and nothing is copied. What comes out is the same, up to rounding.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Rows
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -19,7 +19,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["Group", "arranged", "attends_by_rows", "group_rows", "grouped"]
+from asyncmodels.errors import UnsupportedError
+
+__all__ = ["Group", "arranged", "attending", "attends_by_rows", "group_rows", "grouped"]
 
 _CALL = 128
 """How many columns of one row are read in the time that one more group costs."""
@@ -28,8 +30,13 @@ Group: TypeAlias = tuple[int, int, int]
 """The rows from one to before another, and how many of the last columns they need."""
 
 
+Attend: TypeAlias = Callable[[torch.Tensor, float | None], torch.Tensor]
+"""What queries [rows, heads, columns, size], scored by so much, attend to: [rows, columns, heads, size]."""
+
+
 class _Told(threading.local):
     groups: Rows[Group] | None = None
+    attend: Attend | None = None
 
 
 _told = _Told()
@@ -91,6 +98,16 @@ def grouped(groups: Rows[Group] | None) -> Iterator[None]:
         _told.groups = None
 
 
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """What this thread's models attend to meanwhile is found by ``attend``."""
+    _told.attend = attend
+    try:
+        yield
+    finally:
+        _told.attend = None
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -101,8 +118,13 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    groups = _told.groups
+    groups, attend = _told.groups, _told.attend
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
+    if attend is not None:
+        # The mask is the one that was given, with nothing of the model's own in it.
+        if special or dropout or kwargs.get("sliding_window") or attention_mask is None or attention_mask.numel() > 1:
+            raise UnsupportedError("This model does not attend to its keys and values alone.")
+        return attend(query, scaling), None
     if groups is None or special or dropout or attention_mask is None or attention_mask.shape[1] != 1:
         usual: tuple[torch.Tensor, None] = _usual(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -206,7 +206,7 @@ def test_cancelled_in_every_phase(when: int, monkeypatch: pytest.MonkeyPatch) ->
         assert output == said_alone(model, sequence)
     for sequence in sequences[2:]:
         assert sequence.output == said_alone(model, sequence)
-    assert (runner._rows, runner._pending, runner._cache) == ([], [], None)
+    assert (runner._rows, runner._prefiller.pending, runner._cache) == ([], [], None)
 
 
 def test_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
