@@ -1,4 +1,4 @@
-"""The ideal that an engine is held against: the calls of the model that it made, made once more and bare."""
+"""The ideal that an engine is held against: the batches that it sent through the model, sent once more and bare."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from asyncmodels.local.side_by_side import SideBySide
+
 __all__ = ["Call", "Recorder", "bare"]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model: rows, new columns, columns that were there, and whether there was a mask."""
+    """One batch in a call of the model: rows, new columns, columns that were there, and whether there was a mask."""
 
     rows: int
     columns: int
@@ -24,7 +26,7 @@ class Call:
 
 
 class Recorder:
-    """Notes the calls of a model while it is entered."""
+    """Notes the calls of a model while it is entered; those side by side in one call as several."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -39,8 +41,12 @@ class Recorder:
 
     def _note(self, _: Any, args: Any, kwargs: Any) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        cache = kwargs["past_key_values"]
+        if isinstance(cache, SideBySide):
+            self.calls += [Call(*part.ids.shape, part.cache.width, any(part.pads)) for part in cache.parts]
+            return
         rows, columns = ids.shape
-        width = kwargs["past_key_values"].get_seq_length()
+        width = cache.get_seq_length()
         self.calls.append(Call(rows, columns, width, kwargs.get("attention_mask") is not None))
 
 

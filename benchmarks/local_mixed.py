@@ -10,9 +10,10 @@ served. The same requests, at the same times, with the same greedy tokens that n
 - ``ContinuousBatchingManager`` of Transformers;
 - smolagents' TransformersModel, one at a time (measured on a few of them, without waiting between).
 
-Then every call of the model that the engine made is made once more, bare: the same rows, columns and keys, over memory
-that is already there, and the best token of each row. What share of the engine's time that is, is how close the engine
-is to the ideal at its occupancy. Speeds are generated tokens by seconds from the first request to the last answer.
+Then every batch that the engine sent through the model is sent once more, bare and on its own: the same rows, columns
+and keys, over memory that is already there, and the best token of each row. What share of the engine's time that is, is
+how close the engine is to the ideal at its occupancy; it can be above 1, as the engine sends several batches side by
+side in one call. Speeds are generated tokens by seconds from the first request to the last answer.
 
 Where all of that takes too long for one run, ``--sides`` measures some of the ways, and ``--with`` adds what earlier
 runs wrote of the others:
@@ -148,21 +149,26 @@ def with_static_server(model: Any, asks: list[Ask], prompts: Prompts) -> float:
             time.sleep(waiting[0].at - now)
             continue
         waiting = [ask for ask in waiting if ask.at > now]
-        ids = [prompts.ids(ask.messages()) for ask in batch]
-        width = max(map(len, ids))
-        inputs = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=model.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
-        longest = max(ask.tokens for ask in batch)
-        output = model.generate(
-            inputs,
-            attention_mask=mask,
-            max_new_tokens=longest,
-            min_new_tokens=longest,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        prompts.tokenizer.batch_decode(output[:, width:])
+        serve_batch(model, batch, prompts)
     return time.perf_counter() - started
+
+
+def serve_batch(model: Any, batch: list[Ask], prompts: Prompts) -> None:
+    """What the static server does with those who have come."""
+    ids = [prompts.ids(ask.messages()) for ask in batch]
+    width = max(map(len, ids))
+    inputs = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    longest = max(ask.tokens for ask in batch)
+    output = model.generate(
+        inputs,
+        attention_mask=mask,
+        max_new_tokens=longest,
+        min_new_tokens=longest,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    prompts.tokenizer.batch_decode(output[:, width:])
 
 
 def with_manager(model: Any, asks: list[Ask], prompts: Prompts) -> float:
@@ -226,11 +232,7 @@ async def measure_mixed(path: str, options: argparse.Namespace) -> dict[str, Any
     warm = [Ask(0.0, "hello", 2)] * 2
     ways: dict[str, tuple[int, Callable[[], float]]] = {}
     if {"static", "manager"} & set(options.sides):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
-        model = model.to(options.device).eval()
-        # Nothing of the checkpoint's own way of sampling, of which generate would warn.
-        own = model.generation_config
-        model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+        model = plain_model(path, options)
         if "static" in options.sides:
             ways["static"] = (tokens, lambda: with_static_server(model, asks, prompts))
             with_static_server(model, warm, prompts)
@@ -259,6 +261,16 @@ async def measure_mixed(path: str, options: argparse.Namespace) -> dict[str, Any
             note(name, count / way())
     await backend.aclose()
     return rounds
+
+
+def plain_model(path: str, options: argparse.Namespace) -> Any:
+    """The model as a server of the usual kind has it."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
+    model = model.to(options.device).eval()
+    # Nothing of the checkpoint's own way of sampling, of which generate would warn.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
+    return model
 
 
 def smolagents_model(path: str, options: argparse.Namespace) -> Any:

@@ -44,6 +44,7 @@ class SideBySide(Cache):  # type: ignore[misc]  # transformers is not type-check
     def __init__(self, parts: Rows[Part]) -> None:
         layers = zip(*(part.cache.layers for part in parts), strict=True)
         super().__init__(layers=[_Layer(self, each) for each in layers])
+        self.parts = parts
         self.spans: list[_Span] = []
         begin = 0
         for part in parts:
