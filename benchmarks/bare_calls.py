@@ -43,7 +43,9 @@ class Recorder:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         cache = kwargs["past_key_values"]
         if isinstance(cache, SideBySide):
-            self.calls += [Call(*part.ids.shape, part.cache.width, any(part.pads)) for part in cache.parts]
+            for part in cache.parts:
+                rows, columns = part.ids.shape
+                self.calls.append(Call(rows, columns, part.cache.width, any(part.pads)))
             return
         rows, columns = ids.shape
         width = cache.get_seq_length()

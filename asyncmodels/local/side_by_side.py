@@ -103,7 +103,8 @@ class _Span(NamedTuple):
 
     def rows_of(self, states: torch.Tensor) -> torch.Tensor:
         """Its part of ``states`` [1, heads, tokens, size] as rows x heads x columns x size."""
-        return states[0, :, self.begin : self.end].unflatten(1, (self.rows, self.columns)).transpose(0, 1)
+        own = states[0, :, self.begin : self.end]
+        return own.reshape(own.shape[0], self.rows, self.columns, own.shape[2]).transpose(0, 1)
 
 
 @dataclass(slots=True)

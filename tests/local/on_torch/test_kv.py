@@ -207,6 +207,7 @@ def test_the_more_wait_the_more_is_prefilled(monkeypatch: pytest.MonkeyPatch) ->
     runner.insert([long])
     for done in (24, 48):
         advance(runner, live)
+        assert runner._prefiller is not None
         assert [item.done for item in runner._prefiller.pending] == [done]
     advance(runner, live)
     assert len(long.output) == 1
@@ -219,6 +220,7 @@ def test_everybody_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     runner.insert(first)
     advance(runner, set(first))
     runner.remove(first)
+    assert runner._prefiller is not None
     assert (runner._rows, runner._prefiller.pending, runner._cache, len(runner._sampler)) == ([], [], None, 0)
     again = {Sequence(id="x", prompt=prompt(4), max_tokens=2)}
     runner.insert(again)

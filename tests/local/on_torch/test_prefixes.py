@@ -206,6 +206,7 @@ def test_cancelled_in_every_phase(when: int, monkeypatch: pytest.MonkeyPatch) ->
         assert output == said_alone(model, sequence)
     for sequence in sequences[2:]:
         assert sequence.output == said_alone(model, sequence)
+    assert runner._prefiller is not None
     assert (runner._rows, runner._prefiller.pending, runner._cache) == ([], [], None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 from asyncmodels import EngineHost, TransformersModel
+from asyncmodels.local.forward import Forward
+from asyncmodels.local.side_by_side import Part
 from asyncmodels.local.transformers_runner import TransformersRunner
 from asyncmodels.types import Regex, Response
 
@@ -34,17 +37,19 @@ async def test_texts_survive_that_memory_runs_out(tiny_model: Path, monkeypatch:
     """Rows that are taken out in the middle of their texts say the same as they would have, seeds and grammars too."""
     async with TransformersModel(str(tiny_model), torch_dtype="float32", prefix_cache_bytes=0) as model:
         alone = [await ask(model, index) for index in range(len(WANTED))]
-        forward = TransformersRunner._forward
+        forward = Forward.__call__
         calls = 0
 
-        def starving(self: TransformersRunner, ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def starving(self: Forward, parts: Sequence[Part]) -> torch.Tensor:
             nonlocal calls
-            calls += ids.shape[1] == 1  # a decoding step
-            if ids.shape[1] == 1 and calls % 6 == 5 and ids.shape[0] > 1:
+            rows, columns = parts[0].ids.shape
+            decoding = len(parts) == columns == 1
+            calls += decoding
+            if decoding and calls % 6 == 5 and rows > 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-            return forward(self, ids, *args, **kwargs)
+            return forward(self, parts)
 
-        monkeypatch.setattr(TransformersRunner, "_forward", starving)
+        monkeypatch.setattr(Forward, "__call__", starving)
         together = await asyncio.gather(*(ask(model, index) for index in range(len(WANTED))))
         (counted,) = model.statistics().links.values()
     for one, other in zip(alone, together, strict=True):
@@ -62,7 +67,8 @@ async def test_two_models_that_do_not_fit_together(tiny_model: Path, monkeypatch
     def noting(self: TransformersRunner) -> Any:
         nonlocal most
         info = load(self)
-        models.append(weakref.ref(self._model))
+        assert self._weights is not None
+        models.append(weakref.ref(self._weights.model))
         most = max(most, sum(model() is not None for model in models))
         return info
 
