@@ -85,9 +85,8 @@ class TransformersRunner(Runner):
         if self._prefill_tokens is None:
             self._prefill_tokens = _PREFILL_TOKENS.get(forward.device.type, 512)
         if forward.device.type == "cuda":
-            torch.cuda.set_device(
-                forward.device
-            )  # of this thread, for whatever a kernel takes to be the present device
+            # Of this thread, for whatever a kernel takes to be the present device.
+            torch.cuda.set_device(forward.device)
         with torch.inference_mode(), weights.lock:
             token_bytes, vocabulary = forward.try_out()
         free = free_memory(forward.device)
@@ -278,28 +277,29 @@ class _Decode(Piece):
     """One more token for the rows of the batch."""
 
     def __init__(self, runner: TransformersRunner) -> None:
+        assert runner._cache is not None  # noqa: S101  # there are rows
         self._runner = runner
+        self._cache, self._width = runner._cache, runner._cache.width
         self.sequences = self.speaking = runner._rows
         self._lengths = [_cached(row) for row in runner._rows]
 
     def prepare(self) -> Part:
         runner, rows, lengths = self._runner, self.sequences, self._lengths
-        assert runner._cache is not None and runner._forward is not None  # noqa: S101, PT018  # there are rows
+        assert runner._forward is not None  # noqa: S101  # there are rows
         vision = runner._vision
         places = lengths if vision is None else vision.places(rows, lengths)
         device = runner._forward.device
         tokens, positions = torch.tensor([[row.output[-1] for row in rows], places], device=device)
-        pads = [runner._cache.width - length for length in lengths]
+        pads = [self._width - length for length in lengths]
         groups = group_rows([length + 1 for length in lengths]) if runner._forward.by_rows else ()
-        return Part(tokens[:, None], runner._cache, positions[:, None], pads, groups)
+        return Part(tokens[:, None], self._cache, positions[:, None], pads, groups)
 
     def done(self) -> None:
         self._runner._lengths = [length + 1 for length in self._lengths]
         self._runner._steps += 1
 
     def undo(self) -> None:
-        assert self._runner._cache is not None  # noqa: S101  # there are rows
-        self._runner._cache.back(max(self._lengths))
+        self._cache.back(self._width)
 
 
 def _cached(sequence: Sequence) -> int:
