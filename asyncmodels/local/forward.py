@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence as Rows
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from asyncmodels.errors import UnsupportedError
 from asyncmodels.local.kv import BatchCache
+from asyncmodels.local.model_facts import input_device
 from asyncmodels.local.row_attention import attending, attends_by_rows, grouped
 from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.side_by_side import Part, SideBySide
@@ -22,7 +24,7 @@ class Forward:
     """Calls one model, whose layers have these attention ``windows``, on the thread that owns it. ``try_out`` first."""
 
     def __init__(self, model: Any, windows: Rows[int | None], vision: Vision | None) -> None:
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self.accepts = frozenset(inspect.signature(model.forward).parameters)
         self.by_rows = self.device.type == "cpu" and attends_by_rows(model)
         """Whether rows of different lengths are read in groups."""
@@ -79,14 +81,15 @@ class Forward:
 
     # -- what the model can do ----------------------------------------------------------------------------------------
 
-    def try_out(self) -> tuple[int, int]:
-        """Sends a few tokens through the model. Returns how many bytes of KV memory one takes, and how wide logits are.
+    def try_out(self) -> tuple[dict[torch.device, int], int]:
+        """Sends a few tokens through the model. Returns how many bytes of KV memory one takes on each device, and how
+        wide logits are.
 
         Finds out whether parts can go side by side as well.
         """
         cache = BatchCache(self._windows)
         logits = self._alone(self._some(0, 1, cache))
-        size = 0
+        sizes: Counter[torch.device] = Counter()
         for layer in cache.layers:
             if not layer.is_initialized:
                 raise UnsupportedError(
@@ -94,11 +97,11 @@ class Forward:
                     "and cannot be batched here."
                 )
             for states in (layer.keys, layer.values):
-                size += states.shape[1] * states.shape[3] * states.element_size()
+                sizes[states.device] += states.shape[1] * states.shape[3] * states.element_size()
         needed = {"input_ids", "position_ids", "attention_mask", "logits_to_keep"}
         plain = self._vision is None and not any(self._windows) and needed <= self.accepts
         self.side_by_side = self.by_rows and plain and self._same_side_by_side()
-        return size, logits.shape[-1]
+        return sizes, logits.shape[-1]
 
     def _same_side_by_side(self) -> bool:
         """Whether the model says the same of two texts whether they go one by one or side by side."""

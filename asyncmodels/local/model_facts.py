@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from asyncmodels.errors import UnsupportedError
 from asyncmodels.local.memory import free_host_memory
 from asyncmodels.local.sequence import SamplingDefaults
 
-__all__ = ["context_length", "eos_token_ids", "free_memory", "sampling_defaults", "weight_bytes"]
+__all__ = [
+    "context_length",
+    "eos_token_ids",
+    "free_memory",
+    "give_back",
+    "input_device",
+    "room_for",
+    "sampling_defaults",
+    "weight_bytes",
+]
+
+
+def input_device(model: Any) -> torch.device:
+    """Where the tokens that ``model`` reads have to be. Raises UnsupportedError for a model without its weights."""
+    embeddings = model.get_input_embeddings()
+    device: torch.device = embeddings.weight.device
+    if device.type == "meta":
+        # Weights that accelerate fetches when they are needed are nowhere now.
+        fetched = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        if fetched is None:
+            raise UnsupportedError("The model was loaded without its weights (on the device meta) and cannot be run.")
+        device = torch.device(fetched)
+    return device
 
 
 def weight_bytes(model: Any) -> int:
@@ -53,3 +78,16 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return free_host_memory()
+
+
+def room_for(token_bytes: Mapping[torch.device, int]) -> float:
+    """Bytes of KV memory that fit onto the devices, of which a token takes so many on each."""
+    whole = sum(token_bytes.values())
+    return min(free_memory(device) * whole / part for device, part in token_bytes.items())
+
+
+def give_back(device: torch.device) -> None:
+    """Lets others on ``device`` have the memory that torch keeps of a model that is gone."""
+    if device.type == "cuda":
+        gc.collect()  # parts of a model know each other
+        torch.cuda.empty_cache()

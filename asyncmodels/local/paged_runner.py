@@ -23,7 +23,14 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from asyncmodels.errors import EngineError, ModelLoadError, UnsupportedError
 from asyncmodels.local.detokenizer import make_detokenizer
-from asyncmodels.local.model_facts import context_length, eos_token_ids, free_memory, sampling_defaults, weight_bytes
+from asyncmodels.local.model_facts import (
+    context_length,
+    eos_token_ids,
+    free_memory,
+    give_back,
+    sampling_defaults,
+    weight_bytes,
+)
 from asyncmodels.local.paged_sampling import Draw, draw_processors
 from asyncmodels.local.runner import Ended, Failed, Output, Runner, RunnerInfo, Sampled
 from asyncmodels.local.sequence import Sequence
@@ -150,7 +157,11 @@ class PagedRunner(Runner):
 
     def close(self) -> None:
         self._stop()
-        self._weights = None
+        weights, self._weights = self._weights, None
+        if weights is not None:
+            device = weights.model.device
+            del weights
+            give_back(device)
 
     def _start(self) -> None:
         """Makes a manager with a cache of its own, and lets it run."""

@@ -175,7 +175,8 @@ class TransformersModel(LocalModel):
 
     ``device_map``: None takes the first CUDA device, else MPS, else the CPU; or a device, or what accelerate takes.
     ``torch_dtype``: None or ``"auto"`` takes the checkpoint's precision; on a CPU without bfloat16 instructions, where
-    half precision is slower, float32. ``statistics()`` says which it is. ``model_kwargs`` go to ``from_pretrained``:
+    half precision is slower, float32; on a GPU without them give ``"float16"``. ``statistics()`` says which it is.
+    ``model_kwargs`` go to ``from_pretrained``:
     ``{"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}`` loads a model quantised,
     ``{"attn_implementation": "flash_attention_2"}`` chooses the attention (SDPA by default).
     ``apply_chat_template_kwargs`` go to the chat template. ``max_new_tokens`` is for calls without ``max_tokens``. Any

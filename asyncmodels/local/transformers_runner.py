@@ -6,6 +6,7 @@ side by side in one call of the model where that can be.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -15,7 +16,14 @@ from asyncmodels.local.detokenizer import make_detokenizer
 from asyncmodels.local.forward import Forward
 from asyncmodels.local.grammar import GrammarCompiler
 from asyncmodels.local.kv import BatchCache, layer_windows, reusable
-from asyncmodels.local.model_facts import context_length, eos_token_ids, free_memory, sampling_defaults, weight_bytes
+from asyncmodels.local.model_facts import (
+    context_length,
+    eos_token_ids,
+    give_back,
+    room_for,
+    sampling_defaults,
+    weight_bytes,
+)
 from asyncmodels.local.prefiller import PATIENCE, Piece, Prefiller
 from asyncmodels.local.prefixes import Prefixes
 from asyncmodels.local.row_attention import arranged, group_rows
@@ -88,8 +96,9 @@ class TransformersRunner(Runner):
             # Of this thread, for whatever a kernel takes to be the present device.
             torch.cuda.set_device(forward.device)
         with torch.inference_mode(), weights.lock:
-            token_bytes, vocabulary = forward.try_out()
-        free = free_memory(forward.device)
+            sizes, vocabulary = forward.try_out()
+        token_bytes = sum(sizes.values())
+        free = room_for(sizes)
         if self.kv_memory is not None:
             free = min(free, self.kv_memory)
         wanted = free * _PREFIX_SHARE if self._prefix_cache_bytes is None else self._prefix_cache_bytes
@@ -145,7 +154,12 @@ class TransformersRunner(Runner):
         self.reset()
         if self._grammars is not None:
             self._grammars.close()
+        forward = self._forward
         self._weights = self._vision = self._forward = self._prefiller = self._scorer = None
+        if forward is not None:
+            device = forward.device
+            del forward
+            give_back(device)
 
     @property
     def _by_rows(self) -> bool:
@@ -208,34 +222,38 @@ class TransformersRunner(Runner):
         return {"prefilled_tokens": prefilled, "scored_tokens": scored, **cached}
 
     def _work_off(self, pieces: list[Piece]) -> list[Output]:
-        assert self._forward is not None and self._grammars is not None  # noqa: S101, PT018  # load() makes them
+        assert self._forward is not None  # noqa: S101  # load() makes it
         if len(pieces) > 1 and self._forward.side_by_side:
-            try:
-                outputs = self._said(pieces)
-            except Exception:  # one by one they show whose fault it is
-                self._grammars.settle()
-                for piece in pieces:
-                    piece.undo()
-            else:
-                for piece in pieces:
-                    piece.done()
+            outputs = self._tried(pieces)
+            if not isinstance(outputs, Exception):
                 return outputs
+            for piece in pieces:  # one by one they show whose fault it is
+                piece.undo()
         return [output for piece in pieces for output in self._alone(piece)]
 
     def _alone(self, piece: Piece) -> list[Output]:
         """Prompts that fail together are tried alone, so that only the one at fault fails."""
+        outputs = self._tried([piece])
+        if not isinstance(outputs, Exception):
+            return outputs
+        if isinstance(piece, _Decode):
+            raise outputs
+        apart = piece.apart()
+        if not apart:
+            return [Failed(sequence, outputs) for sequence in piece.sequences]
+        return [output for each in apart for output in self._alone(each)]
+
+    def _tried(self, pieces: list[Piece]) -> list[Output] | Exception:
+        """Works ``pieces`` off in one call. What it fails of is returned."""
         assert self._grammars is not None  # noqa: S101  # load() makes it
         try:
-            outputs = self._said([piece])
+            outputs = self._said(pieces)
         except Exception as error:
-            if isinstance(piece, _Decode):
-                raise
             self._grammars.settle()
-            apart = piece.apart()
-            if not apart:
-                return [Failed(sequence, error) for sequence in piece.sequences]
-            return [output for each in apart for output in self._alone(each)]
-        piece.done()
+            traceback.clear_frames(error.__traceback__)  # the next try may need the memory that hangs on them
+            return error
+        for piece in pieces:
+            piece.done()
         return outputs
 
     def _said(self, pieces: list[Piece]) -> list[Output]:

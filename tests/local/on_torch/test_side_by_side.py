@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from typing import Any
@@ -243,3 +244,23 @@ def test_only_the_prompt_at_fault_fails(
     assert [one.output for one in found if one is not found[3]] == [
         one.output for one in expected if one.id != found[3].id
     ]
+
+
+def test_nothing_of_a_failed_call_is_kept(
+    make: Callable[[], TransformersRunner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the parts of a call that failed are tried again one by one, the memory that it took is free."""
+    forward = Forward.__call__
+    taken: list[weakref.ref[torch.Tensor]] = []
+
+    def greedy(self: Forward, parts: Rows[Part]) -> torch.Tensor:
+        assert [each() for each in taken] == [None] * len(taken)
+        if len(parts) > 1:
+            activations = torch.zeros(8)
+            taken.append(weakref.ref(activations))
+            raise MemoryError
+        return forward(self, parts)
+
+    monkeypatch.setattr(Forward, "__call__", greedy)
+    assert run(make(), prompts()) == []
+    assert len(taken) > 5
