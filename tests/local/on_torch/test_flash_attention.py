@@ -107,7 +107,10 @@ async def ask(folder: Path, attention: str) -> list[str | None]:
     async with TransformersModel(str(folder), "cpu", "float32", max_batch_size=4, prefill_tokens=40) as model:
         worker = model._local.engine._worker
         assert worker is not None
-        worker._runner._model.config._attn_implementation_internal = attention  # type: ignore[union-attr]  # its runner
+        runner: Any = worker._runner
+        runner._weights.model.config._attn_implementation_internal = attention
+        # As where it is chosen before loading: what "sdpa" alone can do is left out.
+        runner._forward.by_rows = runner._forward.side_by_side = False
         for ending in ("", " and then"):
             responses = await asyncio.gather(
                 *(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config
 
-from asyncmodels.local import transformers_runner
+from asyncmodels.local import model_facts, transformers_runner
 from asyncmodels.local.kv import BatchCache, reusable
 from asyncmodels.local.runner import Failed, Sampled
 from asyncmodels.local.sequence import Sequence
@@ -342,7 +342,7 @@ def test_memory_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The cache takes a tenth of the free memory or what it is told, at most half; the batch gets 60 % of the rest."""
     model = build(CONFIGS["llama"])
     token = 3 * 2 * 2 * 8 * 4
-    monkeypatch.setattr(transformers_runner, "free_memory", lambda _: 1000 * token)
+    monkeypatch.setattr(model_facts, "free_memory", lambda _: 1000 * token)
     monkeypatch.setattr(transformers_runner, "load_weights", lambda _: Weights(model, Vocabulary()))
     for asked, capacity in ((None, 100), (0, 0), (200 * token, 200), (10**12, 500)):
         runner = TransformersRunner(WeightsSpec(model_id="random"), prefix_cache_bytes=asked)
