@@ -5,9 +5,9 @@
 Requests with prompts of 20 to 600 tokens that want 8 to 128 tokens come one after the other, faster than they can be
 served. The same requests, at the same times, with the same greedy tokens that no end-of-text token cuts short, go to
 
-- our engine, one awaiting task per agent;
+- our engine, one awaiting task per agent, on its own loop and on ``ContinuousBatchingManager`` (``backend="paged"``);
 - a server of the usual kind, which collects what has come, pads it, generates until the longest is done, and returns;
-- ``ContinuousBatchingManager`` of Transformers;
+- ``ContinuousBatchingManager`` of Transformers by itself;
 - smolagents' TransformersModel, one at a time (measured on a few of them, without waiting between).
 
 Then every batch that the engine sent through the model is sent once more, bare and on its own: the same rows, columns
@@ -64,6 +64,7 @@ PARTS = ("mixed", "shared")
 SIDES = {
     "engine": "engine",
     "static": "static server",
+    "paged": "engine, paged",
     "manager": "ContinuousBatchingManager",
     "smolagents": "smolagents, one at a time",
 }
@@ -219,8 +220,7 @@ def engine(path: str, options: argparse.Namespace, **settings: Any) -> Transform
         device_map=options.device,
         torch_dtype=options.dtype,
         max_batch_size=options.agents,
-        share_weights=True,
-        **settings,
+        **{"share_weights": True, **settings},
     )
 
 
@@ -242,6 +242,7 @@ async def measure_mixed(path: str, options: argparse.Namespace) -> dict[str, Any
     if agent is not None:
         ways["smolagents"] = (few_tokens, lambda: with_smolagents(agent, few))
     backend = engine(path, options, prefix_cache_bytes=0)
+    paged = engine(path, options, prefix_cache_bytes=0, backend="paged", share_weights=False)
     rounds: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
@@ -251,15 +252,21 @@ async def measure_mixed(path: str, options: argparse.Namespace) -> dict[str, Any
     if "engine" in options.sides:
         await backend.load()
         await with_engine(backend, warm)
+    if "paged" in options.sides:
+        await paged.load()
+        await with_engine(paged, warm)
     for _ in range(options.rounds):
         if "engine" in options.sides:
             with Recorder(shared_weights(weights_spec(path, options)).model) as recorder:
                 seconds = await with_engine(backend, asks)
             note("engine", tokens / seconds)
             note(IDEAL, bare(recorder.model, recorder.calls) / seconds)
+        if "paged" in options.sides:
+            note("paged", tokens / await with_engine(paged, asks))
         for name, (count, way) in ways.items():
             note(name, count / way())
     await backend.aclose()
+    await paged.aclose()
     return rounds
 
 
