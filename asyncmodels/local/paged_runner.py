@@ -144,7 +144,8 @@ class PagedRunner(Runner):
             sampling=sampling_defaults(model.generation_config),
             max_tokens=self._room,
             padded=False,
-            max_rows=self._max_rows,
+            # More than that would wait inside of the library, where nobody is fair to agents.
+            max_rows=self._manager.continuous_batching_config.max_requests_per_batch,
             blind='backend="paged" does not support images.',
             weight_bytes=weight_bytes(model),
             device=str(model.device),

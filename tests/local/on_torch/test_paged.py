@@ -240,6 +240,14 @@ async def test_more_than_the_cache_holds(tiny_model: Path) -> None:
             await model.generate("x" * 150, max_tokens=10)
 
 
+async def test_no_more_rows_than_a_step_can_take(tiny_model: Path) -> None:
+    """Where a step computes fewer tokens than the batch may have rows, the others wait where agents are equals."""
+    async with paged(tiny_model, prefill_tokens=3, max_batch_size=8) as model:
+        responses = await asyncio.gather(*(model.generate(f"{index}", max_tokens=9) for index in range(10)))
+        assert counted(model).batch_limit == 3
+    assert all(response.usage is not None for response in responses)
+
+
 async def test_closing_during_a_stream(tiny_model: Path) -> None:
     """Who reads a stream hears that the model was closed, and the library's thread is gone."""
     model = paged(tiny_model)

@@ -30,18 +30,9 @@ from asyncmodels.local.sequence import Sequence
 from asyncmodels.local.side_by_side import Part
 from asyncmodels.local.transformers_runner import TransformersRunner
 from asyncmodels.local.weights import Weights, WeightsSpec
+from tests.local.on_torch.test_row_attention import SHARED as SIZES
 
-SHARED: dict[str, Any] = {
-    "vocab_size": 120,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.5,
-    "eos_token_id": 119,
-    "pad_token_id": 0,
-}
+SHARED: dict[str, Any] = {**SIZES, "eos_token_id": 119, "pad_token_id": 0}
 LLAMA = LlamaConfig(**SHARED)
 
 
